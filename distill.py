@@ -1,0 +1,327 @@
+"""Healing: the converted model learns to answer as the original did, on about 10M tokens of any text.
+
+The teacher is the original model. The student is the same weights under a plan (`convert` shares the tensors), with
+low-rank adapters on every linear layer, so one copy of the weights serves both. Two stages share the token budget:
+
+1. attention transfer: each L layer reads what the teacher's layer reads, and its feature map and tail logit learn to give
+   what the teacher's attention gives: mean |student - teacher|^2 / mean |teacher|^2 (LoLCATs, arXiv 2410.10254, section 3.2).
+   The layers are independent, so each one's gradient is taken at once and nothing is kept.
+2. distillation: KL(teacher || student) on the next-token distribution (arXiv 1503.02531), training the adapters
+   (LoRA, arXiv 2106.09685: W x + 2 B A x, with B started at zero) and the tails.
+
+A run of N tokens is a fixed list of steps: step i reads sequences that depend on the seed alone, so a run that goes on from
+a checkpoint ends with the same weights as one that was never stopped.
+"""
+
+import gzip
+import json
+import math
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from kernels import sliced_kl
+from model import InputError, Model, Tokenizer, from_hub, write_file
+
+C4 = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"         # the text to heal on when none is named
+TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json.gz")
+
+
+class Diverged(RuntimeError):
+    """The loss became infinite or not a number."""
+
+
+# --- text to sequences -------------------------------------------------------------------------------------------
+
+def read_documents(source: str, flag: str = "--data"):
+    """Yields the texts of a .txt file, the `text` fields of a .jsonl, .jsonl.gz or .json.gz file, those of a folder of
+    such files in the order of their names, or of `hub:OWNER/DATASET/FILE`. Raises InputError naming the file and line."""
+    if source.startswith("hub:"):
+        owner, dataset, file = (source[4:].split("/", 2) + ["", ""])[:3]
+        if not file:
+            raise InputError(f"{flag} {source}: give hub:OWNER/DATASET/FILE")
+        source = from_hub(hf_hub_download, f"{flag} {source}", repo_id=f"{owner}/{dataset}", filename=file, repo_type="dataset")
+    path = Path(source)
+    files = sorted(f for f in path.rglob("*") if f.name.endswith(TEXT_SUFFIXES)) if path.is_dir() else [path]
+    if not path.exists() or not files:
+        raise InputError(f"{flag} {source}: no such file, or a folder without {', '.join(TEXT_SUFFIXES)} files")
+    for file in files:
+        if file.suffix == ".txt":
+            yield file.read_text(encoding="utf-8", errors="replace")
+            continue
+        if not file.name.endswith(TEXT_SUFFIXES):
+            raise InputError(f"{flag} {file}: give a .txt, .jsonl, .jsonl.gz or .json.gz file, or a folder of them")
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
+            try:
+                for number, line in enumerate(lines, 1):
+                    yield json.loads(line)["text"]
+            except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile):
+                raise InputError(f"{flag} {file}: line {number}: not a JSON object with a `text` field") from None
+
+
+def pack(documents, tokenizer: Tokenizer, eos: tuple[int, ...], context: int, tokens: int | None = None) -> Tensor:
+    """Joins documents with an end-of-text token after each and cuts them into sequences: [N, context] int64, at most
+    `tokens` tokens in all (rounded up to whole sequences). What is left of the last document is dropped."""
+    wanted = math.inf if tokens is None else -(-tokens // context) * context
+    ids: list[int] = []
+    with tqdm(total=None if tokens is None else wanted, desc="reading text", unit="tok", unit_scale=True, leave=False) as bar:
+        for text in documents:
+            before = len(ids)
+            ids += tokenizer.encode(text) + list(eos[:1])
+            bar.update(len(ids) - before)
+            if len(ids) >= wanted:
+                break
+    count = int(min(len(ids), wanted)) // context
+    return torch.tensor(ids[:count * context], dtype=torch.int64).view(count, context)
+
+
+# --- adapters ----------------------------------------------------------------------------------------------------
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer and a trained low-rank one beside it: W x + 2 B A x."""
+
+    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
+        super().__init__()
+        device = linear.weight.device
+        self.linear = linear
+        start = torch.randn(rank, linear.in_features, generator=generator) * linear.in_features ** -0.5
+        self.A = nn.Parameter(start.to(device))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + (x @ self.A.to(x.dtype).T) @ (2 * self.B).to(x.dtype).T
+
+    def merged(self) -> nn.Linear:
+        weight = (self.linear.weight.float() + 2 * self.B @ self.A).to(self.linear.weight.dtype)
+        linear = nn.Linear(self.linear.in_features, self.linear.out_features, bias=False, device="meta")
+        linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), self.linear.bias
+        return linear
+
+
+def replace_linears(model: nn.Module, kind: type, make) -> None:
+    """Puts make(module) in the place of every module of this kind inside the blocks."""
+    for parent in [m for m in model.layers.modules() if not isinstance(m, LoRALinear)]:
+        for name, child in list(parent.named_children()):
+            if isinstance(child, kind):
+                setattr(parent, name, make(child))
+
+
+def add_adapters(model: Model, rank: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    replace_linears(model, nn.Linear, lambda linear: LoRALinear(linear, rank, generator))
+
+
+@torch.no_grad()
+def merge_adapters(model: Model) -> None:
+    """W + 2 B A becomes the weight. The original's tensors, which the adapters stood on, are left as they are."""
+    replace_linears(model, LoRALinear, LoRALinear.merged)
+
+
+# --- the healing run ---------------------------------------------------------------------------------------------
+
+@dataclass
+class Healing:
+    """The settings of a run. A checkpoint goes on only under the same ones."""
+    tokens: int = 10_000_000            # all that either stage trains on
+    transfer_share: float = 0.1         # of the tokens, for attention transfer
+    rank: int = 16                      # of the adapters; ignored by `full`
+    full: bool = False                  # train every weight instead
+    lr: float = 1e-3
+    transfer_lr: float = 1e-2
+    context: int = 1024                 # tokens a sequence
+    batch: int = 4                      # sequences a step
+    seed: int = 0
+
+    def __post_init__(self):
+        self.steps = self.tokens // (self.batch * self.context)
+        if not self.steps:
+            raise InputError(f"--tokens {self.tokens}: one step takes {self.batch * self.context:,} tokens; give at least as many")
+        self.transfer_steps = round(self.transfer_share * self.steps)
+
+    def learning_rate(self, step: int) -> float:
+        """Each stage warms up over its first twentieth and falls to zero along a cosine."""
+        transfer = step < self.transfer_steps
+        first, last, peak = (0, self.transfer_steps, self.transfer_lr) if transfer else (self.transfer_steps, self.steps, self.lr)
+        done, warm_up = step - first, max(1, (last - first) // 20)
+        cosine = 0.5 * (1 + math.cos(math.pi * done / (last - first)))
+        return peak * min(1.0, (done + 1) / warm_up) * cosine
+
+    def validates(self, step: int) -> bool:
+        """Ten times in a run, before it, between the stages, and at its end."""
+        return step % max(1, self.steps // 10) == 0 or step in (self.transfer_steps, self.steps)
+
+    def sequences(self, step: int, count: int) -> Tensor:
+        """Which of `count` sequences step reads: passes over all of them, each in an order of its own."""
+        index = torch.arange(step * self.batch, (step + 1) * self.batch)
+        passes = {int(p): torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + int(p))) for p in set((index // count).tolist())}
+        return torch.stack([passes[int(i) // count][int(i) % count] for i in index])
+
+
+def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings: Healing, checkpoint: Path,
+         identity: dict, checkpoint_every: float = 180.0) -> dict:
+    """Heals `student` in place and merges its adapters. Returns the curve: under `train` the loss of every step (stage 1's
+    is the transfer error), under `valid` pairs of tokens seen and KL on `valid`.
+
+    teacher: the original; student: `convert(teacher, plan)`; train, valid [N, context] ids. The run is saved to
+    `checkpoint` every `checkpoint_every` seconds, at Ctrl-C (then KeyboardInterrupt is raised) and at its end, and goes on
+    from there; `identity` says what else must be the same for that (the model, the plan, the data).
+    Raises Diverged when the loss is not finite, InputError when the checkpoint was made with other settings.
+    """
+    tails = {f"layers.{i}.self_attn.{name}" for i, tier in enumerate(student.plan) if tier == "L"
+             for name in student.layers[i].self_attn.tail_parameters()}
+    if settings.full:
+        for name, parameter in list(student.named_parameters()):       # the teacher keeps the original tensors
+            parent, _, leaf = name.rpartition(".")
+            setattr(student.get_submodule(parent), leaf, nn.Parameter(parameter.detach().clone()))
+    else:
+        add_adapters(student, settings.rank, settings.seed)
+    trained = {name: p for name, p in student.named_parameters() if settings.full and "_map" not in name or name in tails or name.endswith((".A", ".B"))}
+    student.requires_grad_(False)
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    optimizer = Optimizer(trained)
+    identity = json.loads(json.dumps({**identity, **asdict(settings)}))
+    step, curve = optimizer.load(checkpoint, identity) if checkpoint.exists() else (0, {"train": [], "valid": []})
+
+    targets = [(ids, teacher.hidden(ids)) for ids in valid.to(teacher.device).split(settings.batch)]
+    tokens_a_step = settings.batch * settings.context
+    stop, saved = Interrupt(), time.monotonic()
+    with stop, tqdm(total=settings.steps * tokens_a_step, initial=step * tokens_a_step, desc="healing", unit="tok", unit_scale=True) as bar:
+        while True:
+            if settings.validates(step) and len(curve["valid"]) < sum(map(settings.validates, range(step + 1))):
+                curve["valid"].append([step * tokens_a_step, validation_kl(student, teacher.head, targets)])
+                bar.write(f"  {step * tokens_a_step:>10,} tokens   validation KL {curve['valid'][-1][1]:.4f}")
+            if step == settings.steps or stop.asked or time.monotonic() - saved > checkpoint_every:
+                optimizer.save(checkpoint, step, curve, identity)
+                saved = time.monotonic()
+            if step == settings.steps:
+                break
+            if stop.asked:
+                raise KeyboardInterrupt
+            transfer = step < settings.transfer_steps
+            for name, parameter in trained.items():
+                parameter.requires_grad_(not transfer or name in tails)
+            ids = train[settings.sequences(step, train.shape[0])].to(teacher.device)
+            loss = (attention_transfer if transfer else distillation)(teacher, student, ids)
+            if not math.isfinite(loss):
+                raise Diverged(f"the loss is {loss} at step {step} ({step * tokens_a_step:,} tokens): try a lower --lr")
+            optimizer.step(settings.learning_rate(step))
+            step += 1
+            curve["train"].append(round(loss, 5))
+            bar.set_postfix_str(f"{'transfer error' if transfer else 'KL'} {loss:.4f}")
+            bar.update(tokens_a_step)
+    if not settings.full:
+        merge_adapters(student)
+    student.requires_grad_(False)
+    return curve
+
+
+def attention_transfer(teacher: Model, student: Model, ids: Tensor) -> float:
+    """Adds the gradients of stage 1 and returns its error, averaged over the L layers."""
+    errors = []
+    rotary = teacher.rotary(ids.shape[1])
+    x = teacher.embed_tokens(ids)
+    for i, (ours, theirs) in enumerate(zip(student.layers, teacher.layers)):
+        if student.plan[i] == "L":
+            normed = theirs.input_layernorm(x)
+            with torch.no_grad():
+                target = theirs.self_attn(normed, rotary).float()
+            error = (ours.self_attn(normed, rotary).float() - target).square().mean() / target.square().mean()
+            error.backward()
+            errors.append(error.detach())
+        with torch.no_grad():
+            x = teacher.run_layers(x, i, i + 1)
+    return float(torch.stack(errors).mean()) if errors else 0.0
+
+
+def distillation(teacher: Model, student: Model, ids: Tensor) -> float:
+    """Adds the gradients of stage 2 and returns its loss, KL(teacher || student) per token."""
+    with torch.no_grad():
+        target = teacher.hidden(ids)
+    loss = sliced_kl(student.hidden(ids).flatten(0, 1), target.flatten(0, 1), student.head, teacher.head)
+    loss.backward()
+    return float(loss.detach())
+
+
+@torch.no_grad()
+def validation_kl(student: Model, teacher_head: Tensor, targets: list[tuple[Tensor, Tensor]]) -> float:
+    """KL per token over pairs of ids [B, T] and the teacher's hidden states [B, T, hidden_size]."""
+    kl = [sliced_kl(student.hidden(ids).flatten(0, 1), target.flatten(0, 1), student.head, teacher_head) * ids.numel() for ids, target in targets]
+    return float(sum(kl)) / sum(ids.numel() for ids, _ in targets)
+
+
+class Optimizer:
+    """AdamW (arXiv 1711.05101) without weight decay, gradients clipped to norm 1, in float32: a bf16 weight that `full`
+    trains has a float32 master here. Its whole state goes into one safetensors file."""
+
+    def __init__(self, trained: dict[str, nn.Parameter]):
+        self.trained = trained
+        self.masters = {name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in trained.items()}
+        self.adam = torch.optim.AdamW(self.masters.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
+
+    def step(self, learning_rate: float) -> None:
+        for name, parameter in self.trained.items():
+            master = self.masters[name]
+            if master is not parameter and parameter.grad is not None:
+                master.grad, parameter.grad = parameter.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(self.masters.values(), 1.0)
+        for group in self.adam.param_groups:
+            group["lr"] = learning_rate
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        for name, parameter in self.trained.items():
+            if self.masters[name] is not parameter:
+                parameter.copy_(self.masters[name])
+
+    def save(self, path: Path, step: int, curve: dict, identity: dict) -> None:
+        tensors = {name: master.detach() for name, master in self.masters.items()}
+        for name, master in self.masters.items():
+            tensors |= {f"{name}/{key}": x for key, x in self.adam.state[master].items()}
+        metadata = {"step": str(step), "curve": json.dumps(curve), "identity": json.dumps(identity)}
+        write_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+    @torch.no_grad()
+    def load(self, path: Path, identity: dict) -> tuple[int, dict]:
+        with safe_open(path, framework="pt") as file:
+            metadata, stored = file.metadata(), set(file.keys())
+            made_with = json.loads(metadata["identity"])
+            for key in identity:
+                if made_with.get(key) != identity[key]:
+                    raise InputError(f"{path}: was made with {key} = {made_with.get(key)}, not {identity[key]}; repeat that command "
+                                     "to go on, or give another --out, or delete the file")
+            for name, master in self.masters.items():
+                master.copy_(file.get_tensor(name))
+                state = {key: f"{name}/{key}" for key in ("step", "exp_avg", "exp_avg_sq")}
+                if state["step"] in stored:
+                    self.adam.state[master] = {key: file.get_tensor(at).to("cpu" if key == "step" else master.device) for key, at in state.items()}
+        self.publish()
+        return int(metadata["step"]), json.loads(metadata["curve"])
+
+
+class Interrupt:
+    """Turns the first Ctrl-C into a request that the loop answers between two steps; a second one stops at once."""
+
+    asked = False
+
+    def __enter__(self):
+        self.previous = signal.signal(signal.SIGINT, self.ask)
+
+    def __exit__(self, *error):
+        signal.signal(signal.SIGINT, self.previous)
+
+    def ask(self, *_):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        tqdm.write("stopping after this step ...")

@@ -1,0 +1,302 @@
+"""The arithmetic of LayerBoost as pure tensor functions: the formula first, then the form that runs.
+
+Tier L, sliding-window linear attention, mixes two kinds of attention under one denominator. For the query at position
+t, the first `sinks` positions and the last `window` ones (t - window < i <= t) are *local* and are attended with
+softmax weights; every older position is the *tail* and is attended with linear attention, through a feature map phi:
+
+    o_t = ( sum_local exp(a_i) v_i  +  exp(b) phi(q_t)^T S_t ) / ( sum_local exp(a_i)  +  exp(b) phi(q_t)^T z_t )
+
+    a_i = q_t . k_i / sqrt(D)      S_t = sum_tail phi(k_i) v_i^T      z_t = sum_tail phi(k_i)
+
+b is a learned logit per query head (Hedgehog and LoLCATs mix the same two terms: arXiv 2402.04347, 2410.10254; the
+sinks are StreamingLLM's: arXiv 2309.17453). Both terms stand on one absolute scale: whatever is subtracted from the
+exponents for safety is subtracted from a_i and from b alike, so the mix does not drift from query to query.
+
+`naive_window_linear_attention` is that formula with [T, T] masks, and the reference for all else in this file.
+`window_linear_attention` is the same in chunks: O(T (window + sinks + F)) time and O(T) memory. `window_linear_step`
+is one token of it in O(window + sinks + F), whatever the context length.
+
+Shapes: B batch, T tokens, H query heads, G key/value heads (each serves H / G query heads), D head size, F features.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEATURE_MAPS = ("hedgehog", "elu", "relu", "favor", "none")
+
+
+# --- rotary embedding and feature maps ---------------------------------------------------------------------------
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (x_j, x_{j + D/2}) by the angles of their position (RoFormer, arXiv 2104.09864, section 3.4).
+
+    x [B, heads, T, D]; cos, sin [B or 1, 1, T, D / 2] in float32. Computed in float32, returned in x's dtype.
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def feature_size(kind: str, head_dim: int) -> int:
+    """F, the number of features that `feature_map` makes from a head of size `head_dim`."""
+    return {"hedgehog": 2 * head_dim, "favor": 2 * head_dim, "elu": head_dim, "relu": head_dim, "none": 0}[kind]
+
+
+def feature_map(x: Tensor, kind: str, weight: Tensor) -> Tensor:
+    """phi: positive features, so that phi(q) . phi(k) can stand for exp(q . k / sqrt(D)).
+
+    x [B, heads, T, D], weight W [heads, D, D] (learned, started at the identity; [heads, F, D] and fixed for `favor`)
+    -> [B, heads, T, F] in float32.
+
+    hedgehog: softmax(W x) joined with softmax(-W x)             (arXiv 2402.04347, section 4)
+    elu:      elu(W x) + 1                                       (linear transformers, arXiv 2006.16236, section 3.2)
+    relu:     relu(W x) + 0.001, so that no denominator is zero  (T2R, SUPRA: arXiv 2103.13076, 2405.06640)
+    favor:    exp(W y - |y|^2 / 2) / sqrt(F), y = x / D^(1/4)    (Performer's positive features, arXiv 2009.14794, eq. 5)
+    """
+    x = x.float()
+    if kind == "favor":
+        x = x * x.shape[-1] ** -0.25
+    y = torch.einsum("bhtd,hfd->bhtf", x, weight)
+    if kind == "hedgehog":
+        return torch.cat((y.softmax(-1), (-y).softmax(-1)), dim=-1)
+    if kind == "elu":
+        return F.elu(y) + 1
+    if kind == "relu":
+        return F.relu(y) + 1e-3
+    if kind == "favor":
+        return torch.exp(y - x.square().sum(-1, keepdim=True) / 2) * weight.shape[1] ** -0.5
+    raise ValueError(f"feature map {kind!r}: use one of {', '.join(FEATURE_MAPS)}")
+
+
+def favor_projection(heads: int, head_dim: int) -> Tensor:
+    """W of `favor` [heads, F, D]: blocks of D orthogonal directions, their lengths drawn as a Gaussian's
+    (arXiv 2009.14794, section 2.4). The same for every head and always from the same seed, since q and k must share it."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = [torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator)).Q for _ in range(2)]
+    lengths = torch.randn(2 * head_dim, head_dim, generator=generator).norm(dim=-1, keepdim=True)
+    return (torch.cat(blocks) * lengths).expand(heads, -1, -1).contiguous()
+
+
+# --- tier S: softmax attention -----------------------------------------------------------------------------------
+
+def naive_softmax_attention(query: Tensor, key: Tensor, value: Tensor, sliding_window: int | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v over the past, by its formula. query [B, H, T, D], key, value [B, G, T, D]."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    position = torch.arange(query.shape[2], device=query.device)
+    seen = causal_mask(position, position, sliding_window)
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value
+
+
+def softmax_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The same through torch's fused kernel: causal, or under `mask` [B or 1, 1, T, keys] (True where a key is seen)."""
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=True)
+
+
+def causal_mask(query_position: Tensor, key_position: Tensor, sliding_window: int | None) -> Tensor:
+    """[..., T] and [..., keys] positions -> [..., T, keys], True where a query sees a key."""
+    distance = query_position[..., :, None] - key_position[..., None, :]
+    return (distance >= 0) & (distance < sliding_window) if sliding_window else distance >= 0
+
+
+# --- tier L: sliding-window linear attention ---------------------------------------------------------------------
+
+class Past(NamedTuple):
+    """What a sequence's earlier tokens left behind for tier L. `window` key/value pairs travel beside it."""
+    start: Tensor       # [B] int64: how many tokens came before, the position of the next one
+    sink_key: Tensor    # [B, G, sinks, D]
+    sink_value: Tensor  # [B, G, sinks, D]
+    state: Tensor       # [B, G, F, D] float32: S, the sum of phi(k_i) v_i^T over the tail
+    norm: Tensor        # [B, G, F] float32: z, the sum of phi(k_i) over the tail
+
+
+def naive_window_linear_attention(query: Tensor, key: Tensor, value: Tensor, phi_query: Tensor | None,
+                                  phi_key: Tensor | None, tail_logit: Tensor | None, window: int, sinks: int) -> Tensor:
+    """The formula at the head of this file, with [T, T] masks: O(T^2).
+
+    query [B, H, T, D], key, value [B, G, T, D], phi_query [B, H, T, F], phi_key [B, G, T, F], tail_logit b [H]
+    (the last three None for no tail) -> [B, H, T, D].
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    t = torch.arange(query.shape[2], device=query.device)[:, None]
+    i = t.T
+    local = (i <= t) & ((i < sinks) | (i > t - window))
+    tail = (i <= t) & ~local
+
+    scores = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).float().masked_fill(~local, -torch.inf)
+    largest = scores.amax(-1, keepdim=True)
+    if phi_query is not None:
+        largest = torch.maximum(largest, tail_logit.view(-1, 1, 1))
+    weights = torch.exp(scores - largest)
+    if phi_query is not None:
+        linear = phi_query @ phi_key.repeat_interleave(groups, 1).transpose(-1, -2)
+        weights = weights + torch.exp(tail_logit.view(-1, 1, 1) - largest) * linear * tail
+    return (weights @ value.float() / weights.sum(-1, keepdim=True)).to(query.dtype)
+
+
+def window_linear_attention(query: Tensor, key: Tensor, value: Tensor, phi_query: Tensor | None, phi_key: Tensor | None,
+                            tail_logit: Tensor | None, past: Past, window: int, chunk: int = 64) -> Tensor:
+    """The same in chunks, going on from `past`: linear in T in time and memory.
+
+    query [B, H, T, D]; key, value [B, G, window + T, D]: the `window` tokens before the first query (anything where
+    there are none), then those of the queries; phi_query [B, H, T, F]; phi_key [B, G, T, F]: the features of
+    key[:, :, :T], the tokens that leave the window as each query arrives, zero where that is a sink or no token
+    -> [B, H, T, D].
+
+    Local and tail terms come from `local_attention` and `tail_attention`; here they are put on one scale.
+    """
+    tokens = query.shape[2]
+    chunk = min(chunk, tokens)
+    if phi_query is None:
+        numerator, denominator, _ = local_attention(query, key, value, past, window, chunk)
+    else:
+        numerator, denominator = tail_attention(phi_query, phi_key, value[:, :, :tokens].float(), past, chunk)
+        if window or past.sink_key.shape[2]:
+            local_numerator, local_denominator, local_largest = local_attention(query, key, value, past, window, chunk)
+            b = tail_logit.view(-1, 1, 1)
+            largest = torch.maximum(local_largest, b.detach())
+            local_scale, tail_scale = torch.exp(local_largest - largest), torch.exp(b - largest)
+            numerator = local_scale * local_numerator + tail_scale * numerator
+            denominator = local_scale * local_denominator + tail_scale * denominator
+    return (numerator / denominator).to(query.dtype)
+
+
+def local_attention(query: Tensor, key: Tensor, value: Tensor, past: Past, window: int, chunk: int):
+    """The local terms, sum_local exp(a_i - m) v_i and sum_local exp(a_i - m), with m = max_local a_i.
+
+    A chunk of queries sees a band of `window + chunk` keys: query j of the chunk sees the keys j < i <= j + window of its
+    band, and those sinks that are no longer in its window. Returns float32 [B, H, T, D], [B, H, T, 1], m [B, H, T, 1].
+    """
+    tokens = query.shape[2]
+    query = split_chunks(query.float() * query.shape[-1] ** -0.5, key.shape[1], chunk)      # (B, G, n, R * C, D)
+    n = query.shape[2]
+    band_key, band_value = (F.pad(x.float(), (0, 0, 0, n * chunk + window - x.shape[2])).unfold(2, chunk + window, chunk)
+                            for x in (key, value))                                          # (B, G, n, D, C + w)
+    position = past.start[:, None, None] + torch.arange(n * chunk, device=query.device).view(n, chunk)    # (B, n, C)
+    j = torch.arange(chunk, device=query.device)[:, None]
+    i = torch.arange(chunk + window, device=query.device)
+    exists = position[..., :1] - window + i >= 0                                            # (B, n, C + w)
+    seen_band = ((i > j) & (i <= j + window)) & exists[..., None, :]                        # (B, n, C, C + w)
+    sink = torch.arange(past.sink_key.shape[2], device=query.device)
+    seen_sink = sink <= position[..., None] - window                                        # (B, n, C, s)
+
+    scores = torch.cat((query @ past.sink_key.float()[:, :, None].transpose(-1, -2), query @ band_key), dim=-1)
+    seen = torch.cat((seen_sink, seen_band), dim=-1)[:, None, :, None]                      # (B, 1, n, 1, C, s + C + w)
+    scores = scores.unflatten(3, (-1, chunk)).masked_fill(~seen, -torch.inf).flatten(3, 4)  # (B, G, n, R * C, s + C + w)
+    largest = scores.detach().amax(-1, keepdim=True)
+    weights = torch.exp(scores - largest)
+    sink_weights, band_weights = weights.split((sink.numel(), chunk + window), dim=-1)
+    numerator = band_weights @ band_value.transpose(-1, -2) + sink_weights @ past.sink_value.float()[:, :, None]
+    denominator = weights.sum(-1, keepdim=True)
+    return (join_chunks(x, tokens, chunk) for x in (numerator, denominator, largest))
+
+
+def tail_attention(phi_query: Tensor, phi_key: Tensor, value: Tensor, past: Past, chunk: int):
+    """The tail terms without exp(b), phi(q_t)^T S_t and phi(q_t)^T z_t: causal linear attention over the tokens that have
+    left the window. A chunk reads the sum of all earlier chunks, and its own tokens under a causal mask.
+
+    phi_query [B, H, T, F]; phi_key [B, G, T, F] and value [B, G, T, D] of the token that leaves at each t, in float32.
+    Returns float32 [B, H, T, D], [B, H, T, 1].
+    """
+    tokens, groups = phi_query.shape[2], phi_key.shape[1]
+    phi_query = split_chunks(phi_query, groups, chunk)                                      # (B, G, n, R * C, F)
+    phi_key, value = split_chunks(phi_key, groups, chunk), split_chunks(value, groups, chunk)   # (B, G, n, C, F or D)
+    states = torch.cat((past.state[:, :, None], (phi_key.transpose(-1, -2) @ value)[:, :, :-1]), dim=2).cumsum(2)
+    norms = torch.cat((past.norm[:, :, None], phi_key.sum(3)[:, :, :-1]), dim=2).cumsum(2)  # (B, G, n, F)
+    left = torch.ones(chunk, chunk, dtype=torch.bool, device=value.device).tril()
+    scores = (phi_query @ phi_key.transpose(-1, -2)).unflatten(3, (-1, chunk)).masked_fill(~left, 0).flatten(3, 4)
+    numerator = scores @ value + phi_query @ states                                         # (B, G, n, R * C, D)
+    denominator = scores.sum(-1, keepdim=True) + phi_query @ norms[..., None]
+    return join_chunks(numerator, tokens, chunk), join_chunks(denominator, tokens, chunk)
+
+
+def split_chunks(x: Tensor, groups: int, chunk: int) -> Tensor:
+    """[B, heads, T, D] -> [B, G, n, R * chunk, D] with R = heads / G: the query heads that share a key/value head lie
+    together as more rows of one product, so no key is repeated. T is padded with zeros to n * chunk."""
+    B, heads, T, D = x.shape
+    n = -(-T // chunk)
+    x = F.pad(x, (0, 0, 0, n * chunk - T)).view(B, groups, heads // groups, n, chunk, D)
+    return x.transpose(2, 3).reshape(B, groups, n, heads // groups * chunk, D)
+
+
+def join_chunks(x: Tensor, tokens: int, chunk: int) -> Tensor:
+    """[B, G, n, R * chunk, D] -> [B, G * R, T, D], the padding cut off: the way back from `split_chunks`."""
+    return x.unflatten(3, (-1, chunk)).transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :, :tokens]
+
+
+def window_linear_step(query: Tensor, phi_query: Tensor | None, tail_logit: Tensor | None, ring_key: Tensor,
+                       ring_value: Tensor, past: Past) -> Tensor:
+    """One token, after its key and value went into the ring and the one they displaced went into the tail.
+
+    query [B, H, 1, D], phi_query [B, H, 1, F]; ring_key, ring_value [B, G, window, D]: position p lies in slot
+    p % window; past.start [B]: the position of this token -> [B, H, 1, D]. O(window + sinks + F) at any position.
+    """
+    B, H, _, D = query.shape
+    groups, window = ring_key.shape[1], ring_key.shape[2]
+    grouped = query.float().view(B, groups, H // groups, D) * D ** -0.5
+    slot = torch.arange(window, device=query.device)
+    sink = torch.arange(past.sink_key.shape[2], device=query.device)
+    seen = torch.cat((sink <= past.start[:, None] - window, slot <= past.start[:, None]), dim=-1)[:, None, None]
+    keys, values = (torch.cat(pair, dim=2).float() for pair in ((past.sink_key, ring_key), (past.sink_value, ring_value)))
+    scores = (grouped @ keys.transpose(-1, -2)).masked_fill(~seen, -torch.inf)              # (B, G, R, s + w)
+    if phi_query is None:
+        return (scores.softmax(-1) @ values).view(B, H, 1, D).to(query.dtype)
+    b = tail_logit.view(groups, -1, 1)
+    largest = torch.cat((scores, b.expand(B, -1, -1, -1)), dim=-1).amax(-1, keepdim=True)
+    weights, tail_scale = torch.exp(scores - largest), torch.exp(b - largest)
+    phi_query = phi_query.view(B, groups, H // groups, -1)
+    numerator = weights @ values + tail_scale * (phi_query @ past.state)
+    denominator = weights.sum(-1, keepdim=True) + tail_scale * (phi_query @ past.norm[..., None])
+    return (numerator / denominator).view(B, H, 1, D).to(query.dtype)
+
+
+# --- distillation loss -------------------------------------------------------------------------------------------
+
+class SlicedKL(torch.autograd.Function):
+    """KL(teacher || student) summed over positions, from hidden states, a slice of positions at a time.
+
+    With p, q the softmax of teacher and student logits, KL = sum_v p_v (log p_v - log q_v) and its gradient by the
+    student's logits is q - p: both are made in the forward pass while the slice's logits exist, so that no float32
+    tensor of [tokens, vocabulary] is ever alive.
+    """
+
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor, student_head: Tensor, teacher_head: Tensor, rows: int):
+        total = torch.zeros((), device=student.device)
+        grad_student = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        grad_head = torch.zeros_like(student_head, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        for start in range(0, student.shape[0], rows):
+            part = slice(start, start + rows)
+            log_q = (student[part] @ student_head.T).float().log_softmax(-1)                # (rows, V)
+            log_p = (teacher[part] @ teacher_head.T).float().log_softmax(-1)
+            p = log_p.exp()
+            total += (p * (log_p - log_q)).sum()
+            if grad_student is not None:
+                grad_logits = (log_q.exp() - p).to(student.dtype)
+                grad_student[part] = grad_logits @ student_head
+                if grad_head is not None:
+                    grad_head += (grad_logits.T @ student[part]).float()
+        ctx.save_for_backward(grad_student, grad_head)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_student, grad_head = ctx.saved_tensors
+        scaled = [None if g is None else g * grad.to(g.dtype) for g in (grad_student, grad_head)]
+        return scaled[0], None, scaled[1], None, None
+
+
+def sliced_kl(student: Tensor, teacher: Tensor, student_head: Tensor, teacher_head: Tensor, rows: int = 512) -> Tensor:
+    """Mean KL(teacher || student) per token. student, teacher [N, d] hidden states after the final norm; the heads [V, d];
+    `rows` positions are worked on at a time. Gradients reach `student`, and `student_head` where it asks for them."""
+    return SlicedKL.apply(student, teacher, student_head, teacher_head, rows) / student.shape[0]
+
+
+def naive_kl(student: Tensor, teacher: Tensor, student_head: Tensor, teacher_head: Tensor) -> Tensor:
+    """The same by its formula, with all logits at once."""
+    log_q, log_p = ((x @ head.T).float().log_softmax(-1) for x, head in ((student, student_head), (teacher, teacher_head)))
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()

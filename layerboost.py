@@ -1,0 +1,462 @@
+"""LayerBoost (arXiv 2604.22050), from a pretrained model to a cheaper one, in the order in which it happens:
+
+    load -> scan -> plan -> convert -> heal -> evaluate -> report and save
+
+Every layer of a Llama-style model pays for softmax attention over the whole context; few of them need it. The scan changes
+one layer at a time, X (attention removed) and L (sliding-window linear attention), and measures the damage. The plan keeps
+softmax (S) where the damage is worst. Healing distils the original back into the converted model. `main` tells this story.
+
+    python layerboost.py --model DIR --data TEXT --valid TEXT --keep 10 --drop 4 --tokens 200k --out out/name
+    python layerboost.py --model out/name --prompt "The capital of France is"
+"""
+
+import argparse
+import codecs
+import hashlib
+import json
+import math
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bench import RECALL_LENGTHS, ROWS, cache_bytes, evaluate, format_table, passkey_prompts, read_task, score_hidden, table, task_accuracy, task_prompts
+from distill import C4, Diverged, Healing, heal, pack, read_documents
+from model import (InputError, Model, Tokenizer, convert, find_model, load_model, load_tokenizer, parse_plan, pick_device,
+                   pick_dtype, read_json, save_model, write_file)
+
+CONTEXT = 1024                                      # tokens a sequence in healing and evaluation
+SCAN_CONTEXT, SCAN_SEQUENCES = 2048, 4              # calibration text of the kl measure
+SCAN_RECALL = {512: 4, 1024: 2, 2048: 1}            # prompts by context length of the recall measure
+SCAN_TASK_ITEMS = 100                               # of the first task file, for the task measure
+VALID_SEQUENCES = 32                                # of CONTEXT tokens, for the report; healing watches the first 8
+
+
+# --- scan --------------------------------------------------------------------------------------------------------
+
+# A measure of damage is a pair: batches of ids [B, T], and a function from the final hidden states of an altered model on
+# them to {column: damage against the base, 0 for none}.
+
+def kl_probe(model: Model, sequences: Tensor):
+    """Mean KL(base || altered) in nats a token; columns besides: either half of the text, and early and late positions."""
+    batches = list(sequences.to(model.device).split(2))
+    base = [model.hidden(ids).flatten(0, 1) for ids in batches]
+
+    def damage(hiddens: list[Tensor]) -> dict[str, float]:
+        rows = []
+        for target, hidden in zip(base, hiddens):
+            for p, q in zip(target.split(ROWS), hidden.flatten(0, 1).split(ROWS)):
+                log_p, log_q = ((x @ model.head.T).float().log_softmax(-1) for x in (p, q))
+                rows.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        kl = torch.cat(rows).view(sequences.shape)                                              # (sequences, T)
+        half, early = len(kl) // 2, kl.shape[1] // 4
+        return {"kl": float(kl.mean()), "kl, text 1": float(kl[:half].mean()), "kl, text 2": float(kl[half:].mean()),
+                f"kl, tokens to {early}": float(kl[:, :early].mean()), f"kl, tokens from {2 * early}": float(kl[:, 2 * early:].mean())}
+    return batches, damage
+
+
+def recall_probe(model: Model, tokenizer: Tokenizer, text: Tensor):
+    """The drop in the log-probability of a passkey hidden in long text, in nats a passkey; a column for each context length."""
+    prompts = {length: [p for _, p in passkey_prompts(tokenizer, text, length, [(i + 0.5) / count for i in range(count)], 1, seed=1)]
+               for length, count in SCAN_RECALL.items() if length <= model.config.max_position_embeddings}
+    batches = [torch.tensor([context + answer for context, answer in group]).to(model.device) for group in prompts.values()]
+
+    def log_probabilities(hiddens: list[Tensor]) -> list[list[float]]:
+        return [[score_hidden(row[len(context) - 1:-1], model.head, answer).log_likelihood for row, (context, answer) in zip(hidden, group)]
+                for hidden, group in zip(hiddens, prompts.values())]
+    base = log_probabilities([model.hidden(ids) for ids in batches])
+
+    def damage(hiddens: list[Tensor]) -> dict[str, float]:
+        drops = [[b - a for b, a in zip(*pair)] for pair in zip(base, log_probabilities(hiddens))]
+        every = [drop for group in drops for drop in group]
+        return {"recall": sum(every) / len(every), **{f"recall at {length}": sum(group) / len(group) for length, group in zip(prompts, drops)}}
+    return batches, damage
+
+
+def task_probe(model: Model, tokenizer: Tokenizer, path: str):
+    """The drop in accuracy on a task file, which is what the paper calls benchmark degradation."""
+    items = read_task(path, SCAN_TASK_ITEMS)
+    prompts = [task_prompts(item, tokenizer) for item in items]
+    batches = [torch.nn.utils.rnn.pad_sequence([torch.tensor(c + a) for c, a in group], batch_first=True).to(model.device) for group in prompts]
+
+    def accuracy(hiddens: list[Tensor]) -> float:
+        scored = [[score_hidden(row[len(c) - 1:len(c) + len(a) - 1], model.head, a) for row, (c, a) in zip(hidden, group)]
+                  for hidden, group in zip(hiddens, prompts)]
+        return task_accuracy(items, scored)["accuracy"]
+    base = accuracy([model.hidden(ids) for ids in batches])
+    return batches, lambda hiddens: {"task": base - accuracy(hiddens)}
+
+
+@torch.inference_mode()
+def scan(model: Model, probes: list, tiers: dict, path: Path, identity: dict, layers: list[dict]) -> list[dict]:
+    """Changes each layer alone to X and to L: [{"X": {column: damage}, "L": ...} per layer].
+
+    What enters layer i does not depend on what happens in it, so the base's residual streams are carried from layer to layer
+    and a trial starts at its own: half the work of running every altered model whole. Goes on after the `layers` that an
+    earlier run has measured, and writes all of them to `path` after every layer.
+    """
+    n = len(model.layers)
+    altered = {tier: convert(model, tier * n, **tiers) for tier in "XL"}        # a trial takes one block of these
+    streams = [[model.run_layers(model.embed_tokens(ids), 0, len(layers)) for ids in batches] for batches, _ in probes]
+    with tqdm(total=2 * n, initial=2 * len(layers), desc="scanning", unit="trial") as bar:
+        for i in range(len(layers), n):
+            layers.append({})
+            for tier in "XL":
+                columns: dict = {}
+                for (_, damage), stream in zip(probes, streams):
+                    columns |= damage([model.norm(model.run_layers(altered[tier].run_layers(x, i, i + 1), i + 1, n)) for x in stream])
+                layers[i][tier] = columns
+                bar.set_postfix_str(f"layer {i} {tier} " + " ".join(f"{k} {v:.3f}" for k, v in columns.items() if k in ("kl", "recall", "task")))
+                bar.update()
+            streams = [[model.run_layers(x, i, i + 1) for x in stream] for stream in streams]
+            write_file(path, lambda p: p.write_text(json.dumps({"identity": identity, "layers": layers}, indent=1)))
+    return layers
+
+
+def measure_plan(model: Model, probes: list, tiers: dict, plan: str) -> dict[str, float]:
+    """The damage of a whole plan, measured."""
+    altered = convert(model, plan, **tiers)
+    with torch.inference_mode():
+        return {k: v for batches, damage in probes for k, v in damage([altered.hidden(ids) for ids in batches]).items()}
+
+
+def check_scan(path: Path, identity: dict, measures: list[str], n: int) -> list[dict]:
+    """The layers that a scan file holds. Raises InputError naming the first thing in which it differs from this run: a whole
+    one must have the measures that are asked for, one that is to be gone on with no others."""
+    made, again = read_json(path), "scan again (leave out --scan, or give another --out)"
+    if not isinstance(made, dict) or not {"identity", "layers"} <= set(made):
+        raise InputError(f"{path}: is no scan file; {again}")
+    for key, value in identity.items():
+        if made["identity"].get(key) != value:
+            raise InputError(f"{path}: was measured with {key} {made['identity'].get(key)}, this run has {value}; {again}")
+    columns = {m for m in ("kl", "recall", "task") if m in made["layers"][0]["X"]}
+    if not set(measures) <= columns or len(made["layers"]) < n and set(measures) != columns:
+        raise InputError(f"{path}: was measured with --measure {'+'.join(sorted(columns))}, this run has {'+'.join(measures)}; {again}")
+    return made["layers"]
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """Twelve hex digits that tell sets of tensors apart by their shapes and 64 values of each."""
+    digest = hashlib.sha256()
+    for x in tensors:
+        flat = x.detach().flatten()
+        digest.update(str(tuple(x.shape)).encode() + flat[::max(1, flat.numel() // 64)].double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+# --- plan --------------------------------------------------------------------------------------------------------
+
+def costs_of(layers: list[dict], measures: list[str]) -> list[dict[str, float]]:
+    """Per layer the damage of each tier: the sum of the chosen measures, none for S, and no gain for luck below zero."""
+    return [{"S": 0.0, **{tier: sum(max(0.0, row[tier][m]) for m in measures) for tier in "LX"}} for row in layers]
+
+
+def plan_paper(costs: list[dict], keep: int, drop: int) -> str:
+    """Ranks layers by the X column alone: the `keep` most sensitive stay S, the `drop` least become X, the middle L."""
+    order = sorted(range(len(costs)), key=lambda i: costs[i]["X"])
+    return "".join("X" if i in order[:drop] else "S" if i in order[len(order) - keep:] else "L" for i in range(len(costs)))
+
+
+def plan_tier(costs: list[dict], keep: int, drop: int) -> str:
+    """The plan with `keep` S and `drop` X of the least summed damage, exactly, by dynamic programming over the layers:
+    best[s, x] is the cheapest way to give the layers so far s S and x X."""
+    best = {(0, 0): (0.0, "")}
+    for cost in costs:
+        longer: dict = {}
+        for (s, x), (total, plan) in best.items():
+            for tier, state in (("S", (s + 1, x)), ("L", (s, x)), ("X", (s, x + 1))):
+                if state[0] <= keep and state[1] <= drop:
+                    longer[state] = min(longer.get(state, (math.inf, "")), (total + cost[tier], plan + tier))
+        best = longer
+    return best[keep, drop][1]
+
+
+def plan_greedy(costs: list[dict], keep: int, drop: int, measure, shortlist: int = 4) -> str:
+    """Converts one layer at a time, first the X ones, and measures the whole model each time: the next layer is the least
+    harmful, given all before it, of the `shortlist` that the scan calls least harmful. measure(plan) -> damage."""
+    plan = ["S"] * len(costs)
+    moves = "X" * drop + "L" * (len(costs) - keep - drop)
+    with tqdm(moves, desc="greedy plan", unit="layer") as bar:
+        for tier in bar:
+            candidates = sorted((i for i, t in enumerate(plan) if t == "S"), key=lambda i: costs[i][tier])[:shortlist]
+            trials = {i: measure("".join(plan[:i]) + tier + "".join(plan[i + 1:])) for i in candidates}
+            plan[min(trials, key=trials.get)] = tier
+            bar.set_postfix_str(f"{''.join(plan)} damage {min(trials.values()):.3f}")
+    return "".join(plan)
+
+
+# --- what the terminal shows -------------------------------------------------------------------------------------
+
+def chart(layers: list[dict], measures: list[str], plan: str) -> str:
+    """Bars of the damage by layer, on a logarithmic scale since it spans three decades."""
+    costs = costs_of(layers, measures)
+    low, high = 1e-3, max(max(c["X"], c["L"]) for c in costs) + 1e-3
+    def bar(value: float) -> str:
+        length = 24 * math.log(max(value, low) / low) / math.log(high / low)
+        return ("█" * int(length)).ljust(24)
+    lines = [f"damage of changing one layer alone, {' + '.join(measures)} (logarithmic bars, {low:g} to {high:.2g})",
+             "layer  attention removed (X)              window and linear tail (L)         plan"]
+    lines += [f"{i:5}  {bar(c['X'])} {c['X']:8.4f}  {bar(c['L'])} {c['L']:8.4f}  {tier}" for i, (c, tier) in enumerate(zip(costs, plan))]
+    return "\n".join(lines)
+
+
+def agreement_lines(layers: list[dict]) -> list[str]:
+    """How well two rankings of the layers agree, where the scan measured both (Spearman: 1 the same order, 0 unrelated)."""
+    column = lambda tier, name: [row[tier][name] for row in layers]
+    names = layers[0]["X"]
+    kinds = {kind: [n for n in names if n.startswith(kind)] for kind in ("kl, text", "kl, tokens", "recall at")}
+    pairs = [(a, b) for a, b in (("kl", "recall"), ("kl", "task"), ("recall", "task")) if a in names and b in names]
+    pairs += [(group[0], group[-1]) for group in kinds.values() if len(group) > 1]
+    lines = [f"  {a} against {b}: {spearman(column('X', a), column('X', b)):.2f} (X), {spearman(column('L', a), column('L', b)):.2f} (L)" for a, b in pairs]
+    return lines + [f"  X against L by {name}: {spearman(column('X', name), column('L', name)):.2f}" for name in ("kl", "recall", "task") if name in names]
+
+
+def spearman(a: list[float], b: list[float]) -> float:
+    """The correlation of two rankings; ties share their mean rank."""
+    ranks = []
+    for values in (torch.tensor(a), torch.tensor(b)):
+        below, same = (values[:, None] > values).sum(1), (values[:, None] == values).sum(1)
+        ranks.append(below + (same - 1) / 2)
+    return float(torch.nan_to_num(torch.corrcoef(torch.stack(ranks)))[0, 1])
+
+
+def clock(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def forward_rate(model: Model, tokens: int = 512) -> float:
+    """Tokens a second of a forward pass, from two short ones."""
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
+    with torch.inference_mode():
+        for _ in range(2):
+            start = time.perf_counter()
+            float(model.hidden(ids).sum())
+    return tokens / (time.perf_counter() - start)
+
+
+# --- generation --------------------------------------------------------------------------------------------------
+
+def generate_text(model: Model, tokenizer: Tokenizer, args) -> None:
+    """Streams the continuation of --prompt to the terminal."""
+    ids = tokenizer.encode(args.prompt)
+    if not ids:
+        raise InputError("--prompt is empty; give it some text")
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")       # a character may span several tokens
+
+    def show(token: Tensor) -> None:
+        if int(token) not in model.config.eos_token_ids:
+            print(decoder.decode(tokenizer.decode_bytes([int(token)])), end="", flush=True)
+    print(args.prompt, end="", flush=True)
+    model.generate(torch.tensor([ids], device=model.device), args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, on_token=show)
+    print(decoder.decode(b"", final=True))
+
+
+# --- the story ---------------------------------------------------------------------------------------------------
+
+def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
+    """Scan, plan, convert, heal, evaluate, report and save: all into args.out."""
+    out, n = Path(args.out), len(model.layers)
+    if set(model.plan) != {"S"}:
+        raise InputError(f"--model {args.model}: is converted already (plan {model.plan}); start from the original, or give --prompt, or measure it with bench.py")
+    keep = round(n / 3) if args.keep is None else args.keep
+    drop = round(n / 5) if args.drop is None else args.drop
+    if keep < 0 or drop < 0 or keep + drop > n:
+        raise InputError(f"--keep {keep} --drop {drop}: the model has {n} layers; give two numbers of layers, together at most {n}")
+    measures = args.measure.split("+")
+    if set(measures) - {"kl", "recall", "task"}:
+        raise InputError(f"--measure {args.measure}: give kl, recall, task, or several joined with +")
+    if "task" in measures and not args.tasks:
+        raise InputError("--measure task: needs a multiple-choice file; give --tasks FILE")
+    tiers = {"window": args.window, "sinks": args.sinks, "feature_map": args.feature_map}
+    plan = args.plan and parse_plan(args.plan, n)
+    convert(model, plan or "L" * n, **tiers)                                    # bad settings stop here, before any work
+    settings = Healing(args.tokens, rank=args.rank, full=args.full, lr=args.lr, seed=args.seed,
+                       context=min(CONTEXT, model.config.max_position_embeddings))
+    for path in args.tasks:
+        read_task(path)
+
+    train, valid = read_text(args, tokenizer, model, settings)
+    scan_file, weights = Path(args.scan or out / "scan.json"), fingerprint(*model.parameters())
+    calibration = calibration_text(train, min(SCAN_CONTEXT, model.config.max_position_embeddings))
+    identity = {"model": weights, "data": fingerprint(calibration), **tiers, "dtype": args.dtype}
+    if args.scan and not scan_file.exists():
+        raise InputError(f"--scan {args.scan}: no such file")
+    layers = check_scan(scan_file, identity, measures, n) if plan is None and scan_file.exists() else []
+    announce(model, args, settings, calibration, keep, drop, plan, len(layers))
+    started = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    if not args.no_compile:
+        model.compiled_shapes |= {(2, calibration.shape[1]), (settings.batch, settings.context)}
+
+    if plan is None:
+        print("\nScan: one layer at a time." if len(layers) < n else f"\nScan: all {n} layers, from {scan_file}.")
+        probes = []
+        if len(layers) < n or args.planner == "greedy":
+            with torch.inference_mode():
+                probes += [kl_probe(model, calibration)] if "kl" in measures else []
+                probes += [recall_probe(model, tokenizer, train)] if "recall" in measures else []
+                probes += [task_probe(model, tokenizer, args.tasks[0])] if "task" in measures else []
+        if len(layers) < n:
+            layers = scan(model, probes, tiers, scan_file, identity, layers)
+        costs = costs_of(layers, measures)
+        total = lambda columns: sum(columns[m] for m in measures)
+        plan = {"paper": plan_paper, "tier": plan_tier}[args.planner](costs, keep, drop) if args.planner != "greedy" else \
+            plan_greedy(costs, keep, drop, lambda plan: total(measure_plan(model, probes, tiers, plan)))
+        print(chart(layers, measures, plan))
+        print("rankings of the layers compared (Spearman: 1 the same order, 0 unrelated):", *agreement_lines(layers), sep="\n")
+        expected = {m: sum(row[tier][m] for row, tier in zip(layers, plan) if tier != "S") for m in measures}
+        print(f"\nPlan: {plan}")
+        print("  predicted before healing, as the sum over its layers: " + ", ".join(f"{m} {v:.3f}" for m, v in expected.items()))
+    else:
+        print(f"\nPlan: {plan}")
+    student = convert(model, plan, **tiers)
+    print(f"  {plan.count('S')} softmax, {plan.count('L')} sliding-window linear, {plan.count('X')} removed; cache of a sequence at 8k tokens "
+          f"{cache_bytes(student, 8192) / 2**20:.1f} MiB, was {cache_bytes(model, 8192) / 2**20:.1f} MiB")
+
+    print(f"\nHeal: {args.tokens:,} tokens, {settings.transfer_steps} steps of attention transfer, then {settings.steps - settings.transfer_steps} of KL distillation.")
+    converted = convert(model, plan, **tiers)               # keeps untrained tails of its own; the student's are trained
+    healing_identity = {"model": weights, "plan": plan, **tiers, "dtype": args.dtype, "data": fingerprint(train)}
+    curve = heal(model, student, train, valid[:8], settings, out / "healing.safetensors", healing_identity)
+    save_model(student, out, source)
+
+    print("\nEvaluate: the untouched, the converted and the healed model on the same text and questions.")
+    report = evaluate({"base": model, "converted": converted, "healed": student}, model, tokenizer, valid, args.tasks, args.limit)
+    write_report(out, report, curve, settings, args, measures, layers, time.monotonic() - started)
+
+
+def read_text(args, tokenizer: Tokenizer, model: Model, settings: Healing) -> tuple[Tensor, Tensor]:
+    """Training and validation sequences [N, context]. Without --valid the last documents of --data are held out."""
+    eos, context, needed = model.config.eos_token_ids, settings.context, VALID_SEQUENCES * settings.context
+    documents = read_documents(args.data)
+    if args.valid:
+        valid = pack(read_documents(args.valid, "--valid"), tokenizer, eos, context, needed)
+    else:
+        documents, held_out, size = list(documents), [], 0
+        while len(documents) > 1 and size < 6 * needed and len(held_out) < 0.1 * (len(documents) + len(held_out)):
+            held_out.append(documents.pop())
+            size += len(held_out[-1])
+        valid = pack(held_out, tokenizer, eos, context, needed)
+    train = pack(documents, tokenizer, eos, context, settings.steps * settings.batch * context)
+    for flag, source, sequences in (("--data", args.data, train), ("--valid", args.valid or args.data, valid)):
+        if not len(sequences):
+            raise InputError(f"{flag} {source}: too little text; {context} tokens are needed at least"
+                             + (" in the documents held out; give --valid" if flag == "--valid" and not args.valid else ""))
+    return train, valid
+
+
+def calibration_text(train: Tensor, context: int) -> Tensor:
+    """SCAN_SEQUENCES sequences of `context` tokens from the head of the training text, fewer where there is less."""
+    tokens = train.flatten()
+    context = min(context, len(tokens))
+    return tokens[:min(SCAN_SEQUENCES, len(tokens) // context) * context].view(-1, context)
+
+
+def announce(model: Model, args, settings: Healing, calibration: Tensor, keep: int, drop: int, plan: str | None, scanned: int) -> None:
+    """What is going to happen, and about how long it takes here, from a short measurement."""
+    rate, n = forward_rate(model), len(model.layers)
+    recall = sum(length * count for length, count in SCAN_RECALL.items()) if "recall" in args.measure else 0
+    tokens = (calibration.numel() if "kl" in args.measure else 0) + recall
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{args.model}: {n} layers, {parameters:.1f}M parameters, {args.dtype} on {args.device}; a forward pass runs at {rate:,.0f} tokens/s here")
+    if plan is None:
+        left = sum(2 * (n - i) / n for i in range(scanned, n)) + 2 if scanned < n else 0        # passes of all layers
+        print(f"1. scan      {2 * (n - scanned)} trials on {tokens:,} tokens, then a plan that keeps {keep} layers, drops {drop}   about {clock(tokens * left / rate)}")
+    else:
+        print(f"1. plan      {plan}, as given")
+    print(f"2. heal      {args.tokens:,} tokens   about {clock(args.tokens * 5 / rate)}")
+    print(f"3. evaluate  base, converted, healed   about {clock(3 * (VALID_SEQUENCES * settings.context + 20 * sum(RECALL_LENGTHS)) / rate)} and the task files")
+    print(f"Everything goes to {args.out}. Ctrl-C is safe: the same command goes on where it stopped.", flush=True)
+
+
+def write_report(out: Path, report: dict, curve: dict, settings: Healing, args, measures, layers, seconds: float) -> None:
+    """report.json and report.md, and the same on the terminal."""
+    healed, converted = report["healed"], report["converted"]
+    plan = healed["plan"]
+    lines = [f"# {Path(args.model).name}, boosted", "",
+             f"Plan `{plan}`: of {len(plan)} layers, {plan.count('S')} keep softmax attention (S), {plan.count('L')} see a window of {args.window} tokens, the "
+             f"first {args.sinks} and a linear-attention summary of the rest (L), {plan.count('X')} have no attention (X). Healed on {args.tokens:,} tokens.", "",
+             format_table(table(report)), "",
+             "KL is how far the next-token distribution is from the base model's, top-1 agreement how often both name the same token; "
+             "passkey recall is how often a number hidden in a text of that many tokens is repeated. `converted` is before healing.", "",
+             "Validation KL while healing: " + ", ".join(f"{kl:.3f} at {tokens:,}" for tokens, kl in curve["valid"]) + ".", "",
+             f"KL {converted['kl']:.4f} -> {healed['kl']:.4f}, agreement {converted['agreement']:.1%} -> {healed['agreement']:.1%}; {clock(seconds)} in all."]
+    body = {**report, "plan": plan, "healing": {"settings": asdict(settings), **curve}, "measures": measures, "scan": layers,
+            "command": {k: v for k, v in vars(args).items()}, "seconds": round(seconds, 1)}
+    write_file(out / "report.json", lambda p: p.write_text(json.dumps(body, indent=1)))
+    write_file(out / "report.md", lambda p: p.write_text("\n".join(lines) + "\n"))
+    print("\n" + "\n".join(lines))
+    print(f'\nSaved to {out}. Try: python layerboost.py --model {out} --prompt "The capital of France is"')
+
+
+def token_count(text: str) -> int:
+    """200k, 10M or a plain number."""
+    try:
+        return int(float(text[:-1]) * {"k": 1e3, "K": 1e3, "m": 1e6, "M": 1e6}[text[-1]]) if text[-1:] in "kKmM" and text else int(text)
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens; write 200k, 10M or 4096") from None
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(usage="python layerboost.py --model MODEL [options]", formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=22, width=118),
+                                     description="Makes a pretrained Llama-style model cheaper to serve: scan, plan, convert, heal, evaluate, save.")
+    add = parser.add_argument
+    add("--model", metavar="MODEL", required=True, help="is a folder in the Hub's layout or a Hub id (at --revision, default main).")
+    add("--data", metavar="TEXT", default=C4, help="heals on this .txt, .jsonl, .jsonl.gz, folder or hub:DATASET/FILE. [one shard of C4]")
+    add("--valid", metavar="TEXT", help="evaluates on this text. [the last documents of --data, held out]")
+    add("--tasks", metavar="FILE", nargs="+", default=[], help="also evaluates these question files, the first --limit items of each.")
+    add("--tokens", metavar="N", type=token_count, default=10_000_000, help="heals on this many tokens, as 200k or 10M. [10M]")
+    add("--keep", metavar="K", type=int, help="keeps softmax attention in this many layers. [a third]")
+    add("--drop", metavar="N", type=int, help="removes the attention of this many. [a fifth]")
+    add("--planner", choices=("tier", "paper", "greedy"), default="tier", help="picks them: the least summed damage, the paper's bands, or step by step.")
+    add("--plan", metavar="LETTERS", help="states the plan instead, one of S, L, X per layer, or uniform:L; nothing is scanned.")
+    add("--measure", metavar="NAMES", default="kl+recall", help="judges damage by kl, recall or task, or a sum of them. [kl+recall]")
+    add("--scan", metavar="FILE", help="plans from this scan.json instead of scanning again.")
+    add("--window", metavar="W", type=int, default=64, help="lets L layers see this many tokens exactly, [64]")
+    add("--sinks", metavar="S", type=int, default=4, help="and this many first ones, [4]")
+    add("--feature-map", metavar="PHI", default="hedgehog", help="and the rest through hedgehog, elu, relu or favor features, or none. [hedgehog]")
+    add("--rank", metavar="R", type=int, default=16, help="is the rank of the adapters. [16]  --full trains all weights instead.")
+    add("--lr", metavar="LR", type=float, default=1e-3, help="is the highest learning rate. [1e-3]")
+    add("--out", metavar="DIR", help="receives the healed model, scan.json and report.json. [out/<model name>]")
+    add("--prompt", metavar="TEXT", help="only generates from MODEL: --max-new-tokens 100, --temperature 0, --top-k, --top-p.")
+    add("--seed", metavar="N", type=int, default=0, help="draws the data order, the adapters and the samples. [0]")
+    add("--device", metavar="NAME", help="is cpu or cuda. [the GPU when there is one]")
+    add("--dtype", metavar="NAME", choices=("bfloat16", "float32"), help="is bfloat16 or float32. [bfloat16 where it is faster here]")
+    add("--no-compile", action="store_true", help="runs everything eagerly: slower, but starts at once.")
+    for flag, kind, default in (("--revision", str, None), ("--limit", int, None), ("--max-new-tokens", int, 100), ("--temperature", float, 0.0),
+                                ("--top-k", int, None), ("--top-p", float, None)):
+        add(flag, type=kind, default=default, help=argparse.SUPPRESS)
+    add("--full", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args = parse_arguments(argv)
+    try:
+        args.device = pick_device(args.device)
+        args.dtype = args.dtype or pick_dtype(args.device)
+        args.out = args.out or f"out/{Path(args.model).resolve().name}"
+        source = find_model(args.model, args.revision)
+        tokenizer = load_tokenizer(str(source))
+        model = load_model(str(source), dtype=getattr(torch, args.dtype), device=args.device)
+        if args.prompt is not None:
+            generate_text(model, tokenizer, args)
+        else:
+            boost(model, tokenizer, source, args)
+    except InputError as error:
+        print(f"layerboost: {error}", file=sys.stderr)
+        return 2
+    except Diverged as error:
+        print(f"layerboost: {error}; what was saved before is in {args.out}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nstopped; run the same command again to go on from what is in {args.out}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

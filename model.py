@@ -1,0 +1,591 @@
+"""A Llama-style decoder from scratch: its config, its tokenizer, its weights in and out, and generation.
+
+    x = embed(ids)
+    for each layer:   x = x + attention(norm(x))     the tier that the plan gives this layer; none for X
+                      x = x + mlp(norm(x))
+    logits = head(norm(x))
+
+A model is a folder in the Hub's layout or a Hub id. What the conversion adds to a folder: the plan and the tier settings in
+config.json under "layerboost", the tail parameters of the L layers in model.safetensors; the attention of X layers is not
+stored. Families: Llama 2 and 3, SmolLM 1 and 2, Mistral, Qwen2 and 2.5, Qwen3.
+"""
+
+import json
+import math
+import os
+import re
+import time
+import unicodedata
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import tiktoken
+import torch
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from huggingface_hub import errors as hub_errors
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from attention import RMSNorm, SoftmaxAttention, WindowLinearAttention
+from kernels import FEATURE_MAPS
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+
+
+class InputError(ValueError):
+    """Something the user can mend: the message is one line that names the file or flag and the fix."""
+
+
+# --- config ------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Config:
+    """What config.json says, under its own names, and the plan with its tier settings."""
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: dict                                  # rope_type, rope_theta, and what llama3 and linear scaling need
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tie_word_embeddings: bool
+    sliding_windows: tuple[int | None, ...]     # per layer: how far its softmax attention sees, None for all
+    eos_token_ids: tuple[int, ...]
+    plan: str                                   # one letter per layer: S softmax, L sliding-window linear, X removed
+    window: int = 64
+    sinks: int = 4
+    feature_map: str = "hedgehog"
+    raw: dict = field(default_factory=dict, repr=False)     # config.json as it was read
+
+
+def read_config(folder: Path) -> Config:
+    """config.json of a model folder. Raises InputError for a family, rope kind or activation that is not supported."""
+    path = folder / "config.json"
+    raw = read_json(path)
+    boosted = raw.get("layerboost", {})
+    kind = boosted.get("base_model_type", raw.get("model_type"))
+    if kind not in ("llama", "mistral", "qwen2", "qwen3"):
+        raise InputError(f"{path}: model_type {kind!r} is not supported; use llama, mistral, qwen2 or qwen3")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise InputError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported; these families use silu")
+    if "quantization_config" in raw:
+        raise InputError(f"{path}: quantised weights are not supported; use the float checkpoint of this model")
+    try:
+        layers, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
+        config = Config(
+            model_type=kind, vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"],
+            intermediate_size=raw["intermediate_size"], num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            max_position_embeddings=raw.get("max_position_embeddings", 2048), rms_norm_eps=raw["rms_norm_eps"],
+            rope=read_rope(raw, path), qkv_bias=kind == "qwen2" or raw.get("attention_bias", False),
+            o_bias=kind != "qwen2" and raw.get("attention_bias", False), mlp_bias=raw.get("mlp_bias", False),
+            qk_norm=kind == "qwen3", tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            sliding_windows=read_sliding_windows(raw, kind, layers), eos_token_ids=read_eos(raw, folder),
+            plan=boosted.get("plan", "S" * layers), raw=raw)
+    except KeyError as missing:
+        raise InputError(f"{path}: {missing} is missing") from None
+    for name in ("window", "sinks", "feature_map"):
+        setattr(config, name, boosted.get(name, getattr(config, name)))
+    check_settings(config.plan, config)
+    return config
+
+
+def read_rope(raw: dict, path: Path) -> dict:
+    """Both spellings: rope_theta with rope_scaling, and rope_parameters that holds all."""
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_parameters") or raw.get("rope_scaling") or {})}
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type", "default")
+    needed = {"default": (), "linear": ("factor",),
+              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+    if rope["rope_type"] not in needed:
+        raise InputError(f"{path}: rope type {rope['rope_type']!r} is not supported; use default, linear or llama3")
+    if raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise InputError(f"{path}: partial_rotary_factor is not supported")
+    for name in needed[rope["rope_type"]]:
+        if name not in rope:
+            raise InputError(f"{path}: rope type {rope['rope_type']!r} needs {name!r}")
+    return rope
+
+
+def read_sliding_windows(raw: dict, kind: str, layers: int) -> tuple[int | None, ...]:
+    window = raw.get("sliding_window")
+    if not window or kind == "llama" or (kind != "mistral" and not raw.get("use_sliding_window", False)):
+        return (None,) * layers
+    first = 0 if kind == "mistral" else raw.get("max_window_layers", layers)
+    kinds = raw.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def read_eos(raw: dict, folder: Path) -> tuple[int, ...]:
+    """The ids that end a text: generation_config.json's where it has them (chat models name several), else config.json's."""
+    path = folder / "generation_config.json"
+    eos = (read_json(path) if path.exists() else {}).get("eos_token_id", raw.get("eos_token_id"))
+    return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; a model folder holds config.json, *.safetensors and tokenizer.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+
+
+def parse_plan(text: str, layers: int) -> str:
+    """`SSLX...`, one letter per layer, or `uniform:L` for all layers alike."""
+    plan = text.split(":", 1)[1] * layers if text.startswith("uniform:") else text
+    if len(plan) != layers or set(plan) - set("SLX"):
+        raise InputError(f"--plan {text!r}: give {layers} letters out of S (softmax), L (sliding-window linear) and "
+                         "X (removed), or uniform:S, uniform:L, uniform:X")
+    return plan
+
+
+def check_settings(plan: str, config: Config) -> None:
+    parse_plan(plan, config.num_hidden_layers)
+    if config.feature_map not in FEATURE_MAPS:
+        raise InputError(f"--feature-map {config.feature_map!r}: use one of {', '.join(FEATURE_MAPS)}")
+    if config.window < 0 or config.sinks < 0:
+        raise InputError("--window and --sinks: give numbers of tokens, 0 or more")
+    if config.feature_map == "none" and config.window == 0:
+        raise InputError("--feature-map none --window 0: an L layer would see nothing; give it a window or a feature map")
+
+
+# --- decoder -----------------------------------------------------------------------------------------------------
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        tier = config.plan[layer]
+        self.input_layernorm = None if tier == "X" else RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = None if tier == "X" else {"S": SoftmaxAttention, "L": WindowLinearAttention}[tier](config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary, cache=None, positions=None, lengths=None) -> Tensor:
+        if self.self_attn is not None:
+            x = x + self.self_attn(self.input_layernorm(x), rotary, cache, positions, lengths)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+# One graph per tier and shape, shared by all layers of all models. Shapes are static: that makes the faster code.
+compiled_block = torch.compile(Block.forward, dynamic=False)
+torch._dynamo.config.recompile_limit = 64
+
+
+@dataclass
+class Cache:
+    """One entry per layer (None for X), and how many tokens each sequence has so far, [B]."""
+    layers: list
+    positions: Tensor
+
+
+class Model(nn.Module):
+    """The decoder. `compiled_shapes` holds the [B, T] for which a block runs through torch.compile, those of the long
+    stages; all else runs the same code eagerly."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, self.compiled_shapes = config, set()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
+
+    @property
+    def plan(self) -> str:
+        return self.config.plan
+
+    @property
+    def head(self) -> Tensor:
+        """[V, hidden_size]: logits = hidden @ head.T"""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    def forward(self, ids: Tensor, cache: Cache | None = None, lengths: Tensor | None = None) -> Tensor:
+        """ids [B, T] int64 -> logits [B, T, V]. With a cache the T tokens go on from what it holds, and it is filled in
+        place; lengths [B] says how many of them are real where shorter sequences were padded on the right."""
+        return self.hidden(ids, cache, lengths) @ self.head.T
+
+    def hidden(self, ids: Tensor, cache: Cache | None = None, lengths: Tensor | None = None) -> Tensor:
+        """The same up to the head: [B, T, hidden_size] after the final norm."""
+        x = self.run_layers(self.embed_tokens(ids), 0, len(self.layers), cache, lengths)
+        if cache is not None:
+            cache.positions += ids.shape[1] if lengths is None else lengths
+        return self.norm(x)
+
+    def run_layers(self, x: Tensor, first: int, last: int, cache: Cache | None = None, lengths: Tensor | None = None) -> Tensor:
+        """Layers first..last-1 on a residual stream x [B, T, hidden_size]."""
+        block = compiled_block if cache is None and x.shape[:2] in self.compiled_shapes else Block.forward
+        positions = None if cache is None else cache.positions
+        rotary = self.rotary(x.shape[1], positions)
+        for layer in range(first, last):
+            x = block(self.layers[layer], x, rotary, cache and cache.layers[layer], positions, lengths)
+        return x
+
+    def rotary(self, tokens: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """cos and sin [B or 1, 1, T, D / 2] of the T positions that follow `positions` [B] (None: from 0)."""
+        position = torch.arange(tokens, device=self.device)[None]
+        if positions is not None:
+            position = positions[:, None] + position
+        angle = position[:, None, :, None] * self.frequencies
+        return angle.cos(), angle.sin()
+
+    def new_cache(self, batch: int, max_tokens: int, device: str | torch.device | None = None) -> Cache:
+        """An empty cache for `batch` sequences of up to `max_tokens` tokens each; device "meta" makes one of no memory."""
+        dtype, device = self.norm.weight.dtype, device or self.device
+        layers = [layer.self_attn and layer.self_attn.new_cache(batch, max_tokens, dtype, device) for layer in self.layers]
+        return Cache(layers, torch.zeros(batch, dtype=torch.int64, device=device))
+
+    @torch.inference_mode()
+    def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
+                 top_p: float | None = None, seed: int | None = None, lengths: Tensor | None = None, on_token=None) -> Tensor:
+        """ids [B, T], shorter prompts padded on the right with their `lengths` [B] given -> [B, T + max_new_tokens].
+
+        A row's new tokens follow its own prompt; after an end-of-text token the row is filled with it. temperature 0 is
+        greedy; otherwise tokens are drawn from the `top_k` likeliest, or the smallest set that holds `top_p` of the
+        probability (arXiv 1904.09751). `on_token(ids [B])` is called after every step.
+        """
+        batch, prompt = ids.shape
+        lengths = torch.full((batch,), prompt, device=ids.device) if lengths is None else lengths
+        cache = self.new_cache(batch, prompt + max_new_tokens)
+        generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
+        eos = torch.tensor(self.config.eos_token_ids, dtype=torch.int64, device=ids.device)
+        row = torch.arange(batch, device=ids.device)
+        done = torch.zeros(batch, dtype=torch.bool, device=ids.device)
+        out = F.pad(ids, (0, max_new_tokens))
+        hidden = self.hidden(ids, cache, lengths)[row, lengths - 1]
+        for step in range(max_new_tokens):
+            token = sample(hidden @ self.head.T, temperature, top_k, top_p, generator)
+            if step:
+                token = torch.where(done, out[row, lengths + step - 1], token)
+            out[row, lengths + step] = token
+            done |= torch.isin(token, eos)
+            if on_token:
+                on_token(token)
+            if done.all():
+                break
+            if step + 1 < max_new_tokens:
+                hidden = self.hidden(token[:, None], cache)[:, 0]
+        after = torch.arange(out.shape[1], device=ids.device) > (lengths + step)[:, None]
+        return torch.where(after, out[row, lengths + step][:, None], out)
+
+
+def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> Tensor:
+    """logits [B, V] -> ids [B]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+    if top_p:
+        ordered, order = logits.sort(-1, descending=True)
+        probability = ordered.softmax(-1)
+        beyond = probability.cumsum(-1) - probability >= top_p
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, order, ordered.masked_fill(beyond, -torch.inf))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def rotary_frequencies(config: Config) -> Tensor:
+    """theta^(-2j / D) for each pair j, [D / 2]; `linear` divides all by the factor, `llama3` only those whose wavelength
+    is long against the original context, with a ramp between (Llama 3.1's rule: low_freq_factor, high_freq_factor)."""
+    rope, D = config.rope, config.head_dim
+    frequency = rope["rope_theta"] ** (-torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)
+    if rope["rope_type"] == "linear":
+        return frequency / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return keep * frequency + (1 - keep) * frequency / rope["factor"]
+    return frequency
+
+
+# --- conversion and weights --------------------------------------------------------------------------------------
+
+def convert(model: Model, plan: str, window: int = 64, sinks: int = 4, feature_map: str = "hedgehog") -> Model:
+    """A model with another plan that shares the weights of `model`: no tensor is copied. L layers that `model` does not
+    have start with an untrained tail."""
+    config = replace(model.config, plan=plan, window=window, sinks=sinks, feature_map=feature_map)
+    check_settings(plan, config)
+    with torch.device("meta"):
+        new = Model(config)
+    weights = dict(model.named_parameters())
+    settings = (window, sinks, feature_map)
+    for i, (old, tier) in enumerate(zip(model.plan, plan)):
+        if old == "X" and tier != "X":
+            raise InputError(f"--plan {plan}: layer {i} has no attention left in this model; give it X, or start from the original")
+        if tier == "L" and (old != "L" or settings != (model.config.window, model.config.sinks, model.config.feature_map)):
+            tail = new.layers[i].self_attn.initial_tail()
+            weights |= {f"layers.{i}.self_attn.{name}": nn.Parameter(x.to(model.device)) for name, x in tail.items()}
+    new.load_state_dict({name: weights[name] for name, _ in new.named_parameters()}, assign=True)
+    new.frequencies, new.compiled_shapes = model.frequencies, model.compiled_shapes
+    return new.requires_grad_(False)
+
+
+def load_model(path_or_hub_id: str, plan: str | None = None, window: int = 64, sinks: int = 4, feature_map: str = "hedgehog",
+               dtype: torch.dtype = torch.float32, device: str = "cpu", revision: str | None = None) -> Model:
+    """A model from a folder or the Hub, with its own plan or converted to `plan` (letters, or uniform:L).
+
+    window, sinks and feature_map are for a `plan` that is given; a converted folder brings its own. The parameters do not
+    ask for gradients. Raises InputError where the folder, the Hub or a tensor is not as it should be.
+    """
+    folder = find_model(path_or_hub_id, revision)
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Model(config)
+    model.load_state_dict(read_weights(folder, model, dtype, device), assign=True)
+    model.frequencies = model.frequencies.to(device)
+    model.requires_grad_(False).eval()
+    return model if plan is None else convert(model, parse_plan(plan, config.num_hidden_layers), window, sinks, feature_map)
+
+
+def find_model(path_or_hub_id: str, revision: str | None = None) -> Path:
+    """The local folder of a model; a Hub id is downloaded (only the files that are read) or found in the Hub's cache."""
+    if os.path.isdir(path_or_hub_id):
+        return Path(path_or_hub_id)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path_or_hub_id) or path_or_hub_id.startswith("."):
+        raise InputError(f"--model {path_or_hub_id}: no such folder")
+    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+    return Path(from_hub(snapshot_download, f"--model {path_or_hub_id}", repo_id=path_or_hub_id, revision=revision, allow_patterns=patterns))
+
+
+def from_hub(download, what: str, **arguments) -> str:
+    """Calls a huggingface_hub download; its many errors become one line each."""
+    try:
+        return download(**arguments)
+    except hub_errors.GatedRepoError:
+        raise InputError(f"{what}: gated; accept its licence on its Hub page and run `hf auth login`") from None
+    except hub_errors.RevisionNotFoundError:
+        raise InputError(f"{what}: has no revision {arguments.get('revision')!r}; check --revision") from None
+    except hub_errors.EntryNotFoundError as error:
+        if isinstance(error, hub_errors.LocalEntryNotFoundError):
+            raise InputError(f"{what}: not a local path, and the Hub cannot be reached; check the path or the network") from None
+        raise InputError(f"{what}: no such file on the Hub") from None
+    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
+        raise InputError(f"{what}: neither a local path nor a repository on the Hub; a private one needs `hf auth login`") from None
+    except (hub_errors.OfflineModeIsEnabled, OSError):
+        raise InputError(f"{what}: not a local path, and the Hub cannot be reached; check the path or the network") from None
+
+
+def read_weights(folder: Path, model: Model, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """The tensors of all safetensors files, one at a time: never two copies of a model in memory. Tail parameters stay
+    float32, all else becomes `dtype`. Raises InputError naming each tensor that is missing, unexpected or misshapen."""
+    index = folder / "model.safetensors.index.json"
+    files = sorted({folder / name for name in read_json(index)["weight_map"].values()}) if index.exists() else [folder / "model.safetensors"]
+    wanted = dict(model.named_parameters())
+    weights, wrong = {}, []
+    for file in files:
+        if not file.exists():
+            other = " (only safetensors are loaded, never pickled .bin files)" if list(folder.glob("*.bin")) else ""
+            raise InputError(f"{file}: no such file{other}")
+        try:
+            opened = safe_open(file, framework="pt", device="cpu")
+        except Exception as error:      # safetensors raises several kinds for a damaged file; all mean the same here
+            raise InputError(f"{file}: cannot be read as safetensors ({error}); download it again") from None
+        with opened as tensors:
+            for stored in tensors.keys():
+                name = stored.removeprefix("model.")
+                if name not in wanted:
+                    if not (name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" and model.lm_head is None):
+                        wrong.append(f"unexpected {stored}")
+                    continue
+                shape = tuple(tensors.get_slice(stored).get_shape())
+                if shape != tuple(wanted[name].shape):
+                    wrong.append(f"{stored} has shape {shape}, not {tuple(wanted[name].shape)}")
+                    continue
+                target = torch.float32 if re.search(r"(query_map|key_map|tail_logit)$", name) else dtype
+                weights[name] = torch.empty(shape, dtype=target, device=device).copy_(tensors.get_tensor(stored))
+    seen_wrong = " ".join(wrong)
+    wrong += [f"missing {name}" for name in wanted if name not in weights and name not in seen_wrong]
+    if wrong:
+        raise InputError(f"{folder}: {len(wrong)} tensors do not fit config.json: " + "; ".join(wrong[:6]) + (" ..." if wrong[6:] else ""))
+    return weights
+
+
+def save_model(model: Model, folder: str | Path, source: str | Path) -> None:
+    """Writes a Hub-style folder: config.json with the plan and the tier settings, model.safetensors, and the tokenizer
+    files of `source`. Each file is written under a temporary name and renamed."""
+    folder, config = Path(folder), model.config
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = dict(config.raw)
+    raw.pop("torch_dtype", None)
+    raw["dtype"] = str(model.norm.weight.dtype).removeprefix("torch.")
+    if set(config.plan) != {"S"}:      # another name, so that no other program takes it for an ordinary checkpoint
+        raw |= {"model_type": "layerboost", "architectures": ["LayerBoostForCausalLM"], "layerboost": {
+            "base_model_type": config.model_type, "plan": config.plan, "window": config.window, "sinks": config.sinks,
+            "feature_map": config.feature_map}}
+    weights = {name if name == "lm_head.weight" else f"model.{name}": x.detach().contiguous() for name, x in model.named_parameters()}
+    write_file(folder / "model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).exists():
+            content = (Path(source) / name).read_bytes()
+            write_file(folder / name, lambda path: path.write_bytes(content))
+    write_file(folder / "config.json", lambda path: path.write_text(json.dumps(raw, indent=2) + "\n"))
+
+
+def write_file(path: Path, write) -> None:
+    """write(temporary path), then rename: a file is whole or not there."""
+    temporary = path.with_name(path.name + ".partial")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def pick_device(name: str | None) -> str:
+    if name and name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: torch finds no GPU here; use --device cpu")
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(device: str) -> str:
+    """bfloat16 on a GPU that has it, and on a CPU where a product of matrices is faster in it."""
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        times[dtype] = math.inf
+        for _ in range(5):
+            start = time.perf_counter()
+            a @ b
+            times[dtype] = min(times[dtype], time.perf_counter() - start)
+    return "bfloat16" if times[torch.bfloat16] < 0.8 * times[torch.float32] else "float32"
+
+
+# --- tokenizer ---------------------------------------------------------------------------------------------------
+
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# SmolLM cuts out single digits first and runs the GPT-2 pattern on what lies between; as one pattern, a digit stands
+# alone and white space before a digit stays whole, since there its piece ends.
+DIGITS_GPT2_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+
+
+class Tokenizer:
+    """Byte-level BPE from tokenizer.json, run by tiktoken: the Llama-3, Qwen2/3, SmolLM and GPT-2 kinds.
+
+    `encode(text)` gives the ids that Hugging Face's tokenizer gives, the leading BOS (or trailing EOS) of its
+    post-processor included; `special=False` leaves those out. Special tokens that stand in the text become their ids.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / "tokenizer.json"
+        if not self.path.exists() and (folder / "tokenizer.model").exists():
+            raise self.unsupported("a SentencePiece tokenizer (tokenizer.model)")
+        spec = read_json(self.path)
+        model = spec["model"]
+        if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
+            raise self.unsupported("a SentencePiece-style tokenizer" if model.get("byte_fallback") else f"a {model['type']} model")
+        added = {token["content"]: token for token in spec.get("added_tokens", [])}
+        if any(token.get("lstrip") or token.get("rstrip") or token.get("single_word") for token in added.values()):
+            raise self.unsupported("an added token that strips the text around it")
+        self.added = {text: token["id"] for text, token in added.items()}
+        self.normalise = self.read_normalizer(spec.get("normalizer"))
+        ranks = self.read_ranks(model)
+        self.encoding = tiktoken.Encoding(str(self.path), pat_str=self.read_pattern(spec.get("pre_tokenizer")),
+                                          mergeable_ranks=ranks, special_tokens=self.added)
+        self.bytes = {rank: token for token, rank in ranks.items()} | {id: text.encode() for text, id in self.added.items()}
+        by_length = sorted(self.added, key=len, reverse=True)
+        self.splitter = re.compile("(" + "|".join(map(re.escape, by_length)) + ")") if by_length else None
+        self.prefix, self.suffix = self.read_template(spec.get("post_processor"))
+
+    def unsupported(self, what: str) -> InputError:
+        return InputError(f"{self.path}: {what} is not supported; byte-level BPE of the Llama-3, Qwen2/3, SmolLM and GPT-2 kinds is")
+
+    def read_ranks(self, model: dict) -> dict[bytes, int]:
+        """tiktoken merges by the id of the result, tokenizer.json by the merge's place: the same where ids rise with the merges."""
+        table = byte_table()
+        try:
+            ranks = {bytes(table[c] for c in token): id for token, id in model["vocab"].items() if token not in self.added}
+        except KeyError:
+            raise self.unsupported("a vocabulary that is not byte-level") from None
+        merges = [m.replace(" ", "", 1) if isinstance(m, str) else "".join(m) for m in model["merges"]]
+        ids = list(dict.fromkeys(model["vocab"][m] for m in merges))
+        if ids != sorted(ids):
+            raise self.unsupported("a vocabulary whose ids do not follow the order of its merges")
+        return ranks
+
+    def read_pattern(self, pre: dict | None) -> str:
+        parts = (pre or {}).get("pretokenizers") or [pre or {"type": None}]
+        kinds = [part["type"] for part in parts]
+        if any(part.get("add_prefix_space") for part in parts):
+            raise self.unsupported("a pre-tokenizer with add_prefix_space")
+        if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
+            return GPT2_PATTERN
+        if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
+            return DIGITS_GPT2_PATTERN
+        if kinds == ["Split", "ByteLevel"] and not parts[1].get("use_regex", True):
+            split = parts[0]
+            if "Regex" in split["pattern"] and split["behavior"] == "Isolated" and not split.get("invert"):
+                return split["pattern"]["Regex"]
+        raise self.unsupported(f"a pre-tokenizer of the kind {' + '.join(map(str, kinds))}")
+
+    def read_normalizer(self, spec: dict | None):
+        if spec is None:
+            return lambda text: text
+        if spec["type"] in ("NFC", "NFKC", "NFD", "NFKD"):
+            return lambda text: unicodedata.normalize(spec["type"], text)
+        raise self.unsupported(f"a {spec['type']} normalizer")
+
+    def read_template(self, post: dict | None) -> tuple[list[int], list[int]]:
+        """The ids that the post-processor puts before and after a text."""
+        steps = [] if post is None else post.get("processors", [post])
+        for step in steps:
+            if step["type"] == "TemplateProcessing":
+                pieces = [id for piece in step["single"] for id in
+                          (step["special_tokens"][piece["SpecialToken"]["id"]]["ids"] if "SpecialToken" in piece else [None])]
+                return pieces[:pieces.index(None)], pieces[pieces.index(None) + 1:]
+            if step["type"] != "ByteLevel":
+                raise self.unsupported(f"a {step['type']} post-processor")
+        return [], []
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        pieces = self.splitter.split(text) if self.splitter else [text]
+        ids = [id for piece in pieces if piece for id in
+               ([self.added[piece]] if piece in self.added else self.encoding.encode_ordinary(self.normalise(piece)))]
+        return self.prefix + ids + self.suffix if special else ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        """Ids beyond the vocabulary (a padded head can name them) decode to nothing."""
+        return b"".join(self.bytes.get(id, b"") for id in ids)
+
+
+def byte_table() -> dict[str, int]:
+    """GPT-2's printable stand-in for every byte: itself where it prints, else the next free character from 256 on."""
+    prints = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [b for b in range(256) if b not in prints]
+    return {chr(b): b for b in prints} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+def load_tokenizer(path_or_hub_id: str, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of a model folder or Hub id. Raises InputError where its kind is not supported."""
+    return Tokenizer(find_model(path_or_hub_id, revision))

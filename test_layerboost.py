@@ -1,0 +1,714 @@
+"""The method's promises as tests: every fast form against its naive formula, every cache against the whole sequence, our
+logits and token ids against Hugging Face's (golden/), and the command line as a user meets it."""
+
+import gzip
+import itertools
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import errors as hub_errors
+from safetensors.torch import load_file, save_file
+
+import attention
+import bench
+import distill
+import kernels
+import layerboost
+import model as model_module
+from golden.make_golden import CONFIGS, NASTY, SMALL, formula_weight, golden_ids
+from kernels import Past, feature_map, naive_window_linear_attention, window_linear_attention
+from model import InputError, convert, load_model, load_tokenizer, read_config, save_model
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def write_model(folder: Path, config: dict, shards: int = 1) -> Path:
+    """A model folder as the Hub has it, its weights by formula_weight."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(SMALL | config))
+    with torch.device("meta"):
+        shapes = {k: p.shape for k, p in model_module.Model(read_config(folder)).named_parameters()}
+    names = {k if k == "lm_head.weight" else f"model.{k}": shape for k, shape in shapes.items()}
+    weights = {name: formula_weight(name, shape) for name, shape in names.items()}
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors")
+    else:
+        parts = [dict(list(weights.items())[i::shards]) for i in range(shards)]
+        files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+        for file, part in zip(files, parts):
+            save_file(part, folder / file)
+        index = {name: file for file, part in zip(files, parts) for name in part}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> Path:
+    """A small model with a tokenizer: what the tests of the later stages work on."""
+    folder = write_model(tmp_path_factory.mktemp("models") / "llama", CONFIGS["llama"] | {"vocab_size": 704, "max_position_embeddings": 512, "eos_token_id": 700})
+    (folder / "tokenizer.json").write_bytes((GOLDEN / "tokenizers/smollm/tokenizer.json").read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """Training text: 40 documents of random words."""
+    draw, words = random.Random(0), " ".join(NASTY).split() + ["the", "key", "of", "and", "model"]
+    path = tmp_path_factory.mktemp("text") / "text.jsonl.gz"
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        for _ in range(40):
+            file.write(json.dumps({"text": " ".join(draw.choices(words, k=120))}) + "\n")
+    return path
+
+
+# --- tier L: four forms, one result ------------------------------------------------------------------------------
+
+SETTINGS = [(8, 2, "hedgehog"), (8, 0, "hedgehog"), (0, 0, "hedgehog"), (0, 3, "elu"), (0, 0, "relu"), (5, 4, "relu"), (8, 2, "favor"),
+            (0, 0, "favor"), (8, 2, "none"), (8, 0, "none"), (1, 0, "none"), (16, 20, "hedgehog")]
+
+
+def random_inputs(tokens: int, kind: str, dtype=torch.float32, batch=2, H=4, G=2, D=8):
+    torch.manual_seed(tokens)
+    query, key, value = (torch.randn(batch, heads, tokens, D).to(dtype) * 1.5 for heads in (H, G, G))
+    if kind == "none":
+        return query, key, value, None, None, None, None, None
+    if kind == "favor":
+        maps = [kernels.favor_projection(heads, D) for heads in (H, G)]
+    else:
+        maps = [torch.eye(D) + 0.3 * torch.randn(heads, D, D) for heads in (H, G)]
+    return query, key, value, maps[0], maps[1], torch.randn(H), feature_map(query, kind, maps[0]), feature_map(key, kind, maps[1])
+
+
+def fast_form(query, key, value, phi_query, phi_key, b, window, sinks, chunk=16):
+    """The chunked form from nothing, called with the arguments of the naive one."""
+    B, G, T, D = key.shape
+    F_ = 0 if phi_key is None else phi_key.shape[-1]
+    past = Past(torch.zeros(1, dtype=torch.int64), key[:, :, :sinks], value[:, :, :sinks], torch.zeros(B, G, F_, D), torch.zeros(B, G, F_))
+    pad = lambda x: torch.nn.functional.pad(x, (0, 0, window, 0))
+    if phi_key is not None:
+        leaving = torch.arange(T) - window
+        phi_key = pad(phi_key)[:, :, :T] * (leaving >= sinks)[:, None]
+    return window_linear_attention(query, pad(key), pad(value), phi_query, phi_key, b, past, window, chunk)
+
+
+@pytest.mark.parametrize("window,sinks,kind", SETTINGS)
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 16, 17, 100])
+def test_chunked_form_equals_the_formula(window, sinks, kind, tokens):
+    query, key, value, _, _, b, phi_query, phi_key = random_inputs(tokens, kind)
+    expected = naive_window_linear_attention(query, key, value, phi_query, phi_key, b, window, sinks)
+    torch.testing.assert_close(fast_form(query, key, value, phi_query, phi_key, b, window, sinks), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1000, 1500])
+def test_chunked_form_equals_the_formula_in_long_text(tokens):
+    query, key, value, _, _, b, phi_query, phi_key = random_inputs(tokens, "hedgehog", batch=1)
+    expected = naive_window_linear_attention(query, key, value, phi_query, phi_key, b, 64, 4)
+    actual = fast_form(query, key, value, phi_query, phi_key, b, 64, 4, chunk=64)
+    assert (actual - expected).norm() / expected.norm() < 1e-5
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window,sinks,kind", SETTINGS)
+def test_gradients_equal_those_of_the_formula(window, sinks, kind):
+    inputs = random_inputs(45, kind)
+    leaves = [x.detach().requires_grad_(True) for x in inputs[:6] if x is not None]
+    weight = torch.randn(2, 4, 45, 8)
+
+    def gradients(form):
+        query, key, value = leaves[:3]
+        phi = (None, None, None) if kind == "none" else (feature_map(query, kind, leaves[3]), feature_map(key, kind, leaves[4]), leaves[5])
+        out = form(query, key, value, phi[0], phi[1], phi[2], window, sinks)
+        return torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True)
+    for fast, naive in zip(gradients(fast_form), gradients(naive_window_linear_attention)):
+        if fast is not None or naive is not None:       # without a window b cancels, without a tail the maps are unused
+            zero = torch.zeros(())
+            torch.testing.assert_close(zero if fast is None else fast, zero if naive is None else naive, rtol=1e-4, atol=1e-4, check_stride=False) if fast is not None and naive is not None else \
+                torch.testing.assert_close((fast if naive is None else naive).abs().max(), zero, rtol=0, atol=1e-4)
+
+
+def test_both_terms_stand_on_one_scale():
+    """Adding a constant to every local score and to b must change nothing: the mix may not depend on what is subtracted."""
+    query, key, value, _, _, b, phi_query, phi_key = random_inputs(60, "hedgehog", batch=1)
+    query, key = (torch.cat((x, torch.full_like(x[..., :1], c)), -1) for x, c in ((query, 9.0), (key, 5.0)))      # a_i + 15
+    value = torch.cat((value, value[..., :1]), -1)
+    expected = naive_window_linear_attention(query, key, value, phi_query, phi_key, b + 15, 8, 2)
+    torch.testing.assert_close(fast_form(query, key, value, phi_query, phi_key, b + 15, 8, 2), expected, rtol=1e-4, atol=1e-5)
+    large = fast_form(query * 20, key, value, phi_query, phi_key, b + 300, 8, 2)                                  # scores of several hundred
+    assert torch.isfinite(large).all()
+
+
+def layer_of(kind: str, window: int, sinks: int, tier=attention.WindowLinearAttention):
+    """One attention layer with random weights, grouped heads, and a tail that is not at its start."""
+    raw = SMALL | CONFIGS["llama"]
+    config = model_module.Config(**{k: raw[k] for k in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                                                        "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")},
+                                 head_dim=12, rope={"rope_type": "default", "rope_theta": 10000.0}, qkv_bias=False, o_bias=False, mlp_bias=False, qk_norm=False,
+                                 sliding_windows=(None,) * 3, eos_token_ids=(), plan="LLL", window=window, sinks=sinks, feature_map=kind)
+    torch.manual_seed(1)
+    layer = tier(config, 0)
+    if hasattr(layer, "query_map"):
+        for name, value in layer.initial_tail().items():
+            getattr(layer, name).data = value + (0 if kind == "favor" else 0.2 * torch.randn_like(value))
+    return layer.requires_grad_(False), model_module.rotary_frequencies(config)
+
+
+def run_layer(layer, frequencies, x, splits=None, lengths=None, dtype=torch.float32):
+    """x through the layer at once (splits None) or in pieces of these sizes through a cache."""
+    def rotary(positions):
+        angle = positions[:, None, :, None] * frequencies
+        return angle.cos(), angle.sin()
+    if splits is None:
+        return layer(x, rotary(torch.arange(x.shape[1])[None]))
+    cache, positions, pieces = layer.new_cache(x.shape[0], x.shape[1], dtype, "cpu"), torch.zeros(x.shape[0], dtype=torch.int64), []
+    for piece in x.split(splits, dim=1):
+        pieces.append(layer(piece, rotary(positions[:, None] + torch.arange(piece.shape[1])), cache, positions, lengths))
+        positions = positions + piece.shape[1]
+    return torch.cat(pieces, 1)
+
+
+@pytest.mark.parametrize("window,sinks,kind", SETTINGS)
+@pytest.mark.parametrize("splits", [[1] * 70, [69, 1], [5, 30] + [1] * 35, [1, 1, 1, 17, 50], [8, 8, 8, 8, 8, 8, 8, 14]])
+def test_prefill_in_any_split_then_steps_equals_the_whole(window, sinks, kind, splits):
+    layer, frequencies = layer_of(kind, window, sinks)
+    x = torch.randn(2, 70, 48)
+    torch.testing.assert_close(run_layer(layer, frequencies, x, splits), run_layer(layer, frequencies, x), rtol=1e-5, atol=1e-5)
+
+
+def test_forms_agree_at_1500_tokens():
+    layer, frequencies = layer_of("hedgehog", 64, 4)
+    x = torch.randn(1, 1500, 48)
+    whole = run_layer(layer, frequencies, x)
+    for splits in ([700] + [1] * 20 + [780], [1] * 1500):
+        other = run_layer(layer, frequencies, x, splits)
+        assert (other - whole).norm() / whole.norm() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["hedgehog", "none"])
+def test_forms_agree_in_bfloat16(kind):
+    layer, frequencies = layer_of(kind, 8, 2)
+    x = torch.randn(2, 50, 48)
+    exact = run_layer(layer, frequencies, x)
+    for name, parameter in layer.named_parameters():
+        if name.endswith("weight"):
+            parameter.data = parameter.data.bfloat16()
+    for splits in (None, [50], [20] + [1] * 30):
+        out = run_layer(layer, frequencies, x.bfloat16(), splits, dtype=torch.bfloat16)
+        assert out.dtype == torch.bfloat16
+        assert (out.float() - exact).norm() / exact.norm() < 0.02
+    cache = layer.new_cache(1, 1, torch.bfloat16, "cpu")
+    assert cache.state.dtype == cache.norm.dtype == torch.float32
+
+
+def test_a_window_over_everything_is_softmax_attention():
+    window, frequencies = layer_of("none", 40, 0)
+    softmax, _ = layer_of("none", 40, 0, attention.SoftmaxAttention)
+    x = torch.randn(2, 40, 48)
+    torch.testing.assert_close(run_layer(window, frequencies, x), run_layer(softmax, frequencies, x), rtol=1e-5, atol=1e-5)
+    query, key, value, *_ = random_inputs(33, "none")
+    torch.testing.assert_close(kernels.softmax_attention(query, key, value), kernels.naive_softmax_attention(query, key, value), rtol=1e-5, atol=1e-5)
+
+
+def test_performer_features_estimate_the_softmax_kernel():
+    torch.manual_seed(0)
+    query, key = (0.5 * torch.randn(1, 1, 64, 32) for _ in range(2))
+    weight = kernels.favor_projection(1, 32)
+    many = torch.cat([torch.linalg.qr(torch.randn(32, 32)).Q * torch.randn(32, 32).norm(dim=-1, keepdim=True) for _ in range(200)])[None]
+    exact = torch.exp(query @ key.transpose(-1, -2) * 32 ** -0.5)
+    estimate = feature_map(query, "favor", many) @ feature_map(key, "favor", many).transpose(-1, -2)
+    assert ((estimate - exact).abs() / exact).mean() < 0.05
+    assert (feature_map(query, "favor", weight) > 0).all()
+
+
+# --- the model ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_hugging_face(name, tmp_path):
+    expected = load_file(GOLDEN / "logits.safetensors")[name]
+    model = load_model(str(write_model(tmp_path, CONFIGS[name], shards=3 if name == "qwen3" else 1)))
+    ids = golden_ids(SMALL["vocab_size"])
+    torch.testing.assert_close(model(ids), expected, rtol=0, atol=2e-4)
+    cache = model.new_cache(2, 48)
+    pieces = [model(piece, cache) for piece in ids.split([20, 1, 25, 1, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=0, atol=2e-4)
+
+
+SMOLLM2 = os.environ.get("SMOLLM2", "")
+
+
+@pytest.mark.skipif(not SMOLLM2, reason="set SMOLLM2 to the folder of the real model, and VALID to the validation text")
+def test_smollm2_equals_hugging_face():
+    golden, expected = load_file(GOLDEN / "smollm2.safetensors"), json.loads((GOLDEN / "smollm2.json").read_text())
+    logits = load_model(SMOLLM2)(golden["ids"])[0, 31::32, ::16]
+    print("largest difference of logits:", float((logits - golden["logits"]).abs().max()))
+    torch.testing.assert_close(logits, golden["logits"], rtol=0, atol=2e-4)
+    import hashlib
+    tokenizer = load_tokenizer(SMOLLM2)
+    ids = [tokenizer.encode(t) for t in distill.read_documents(os.environ["VALID"])]
+    assert (sum(map(len, ids)), hashlib.sha256(json.dumps(ids).encode()).hexdigest()) == (expected["valid_tokens"], expected["valid_sha256"])
+    assert [tokenizer.encode(line) for line in NASTY] == expected["nasty"]
+
+
+def boosted(folder, plan="SLX", **settings):
+    """The small model converted, its tails moved away from their start."""
+    torch.manual_seed(3)
+    model = load_model(str(folder), plan, **{"window": 8, "sinks": 2, **settings})
+    for name, parameter in model.named_parameters():
+        if name.endswith(("_map", "tail_logit")):
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def test_nothing_sees_the_future(llama):
+    model = boosted(llama)
+    ids = torch.randint(0, 700, (1, 100))
+    logits = model(ids)
+    changed = ids.clone()
+    changed[:, 60:] = torch.randint(0, 700, (1, 40))
+    torch.testing.assert_close(model(changed)[:, :60], logits[:, :60], rtol=1e-5, atol=1e-5)
+    assert (model(changed)[:, 60:] - logits[:, 60:]).abs().max() > 0.1
+
+
+def test_batches_of_different_lengths_equal_each_alone(llama):
+    model = boosted(llama)
+    torch.manual_seed(0)
+    lengths = torch.tensor([1, 3, 9, 31, 50])
+    ids = torch.randint(0, 700, (5, 50))
+    together = model.generate(ids, 30, lengths=lengths)
+    assert together.shape == (5, 80)
+    for row, length in enumerate(lengths.tolist()):
+        alone = model.generate(ids[row:row + 1, :length], 30)
+        assert together[row, :length + 30].tolist() == alone[0].tolist()
+        step_by_step = ids[row:row + 1, :length]
+        for _ in range(30):
+            if step_by_step[0, -1] in model.config.eos_token_ids and step_by_step.shape[1] > length:
+                break
+            step_by_step = torch.cat((step_by_step, model(step_by_step)[:, -1:].argmax(-1)), 1)
+        assert alone[0, :step_by_step.shape[1]].tolist() == step_by_step[0].tolist()
+
+
+def test_sampling():
+    logits = torch.tensor([[0.0, 3.0, 2.0, -1.0]]).repeat(500, 1)
+    draw = lambda **how: set(model_module.sample(logits, how.pop("temperature", 1.0), how.get("top_k"), how.get("top_p"), torch.Generator().manual_seed(0)).tolist())
+    assert draw(temperature=0) == {1}
+    assert draw() == {0, 1, 2, 3}
+    assert draw(top_k=2) == {1, 2}
+    assert draw(top_p=0.5) == {1} and draw(top_p=0.9) == {1, 2}
+
+
+def test_generation_repeats_under_a_seed_and_stops_at_the_end_of_text(llama):
+    model = load_model(str(llama))
+    ids = torch.tensor([[5, 6, 7]])
+    first, again, other = (model.generate(ids, 20, temperature=1.0, seed=seed) for seed in (1, 1, 2))
+    assert first.tolist() == again.tolist() != other.tolist()
+    stop = model.generate(ids, 20)[0, 5].item()
+    model.config.eos_token_ids = (stop,)
+    seen = []
+    out = model.generate(ids, 20, on_token=lambda token: seen.append(token.item()))
+    assert seen[-1] == stop and len(seen) <= 3 and set(out[0, 2 + len(seen):].tolist()) == {stop}
+
+
+def test_save_then_load_gives_the_same_logits(llama, tmp_path):
+    model = boosted(llama)
+    save_model(model, tmp_path / "saved", llama)
+    again = load_model(str(tmp_path / "saved"))
+    ids = torch.randint(0, 700, (2, 50))
+    assert again.plan == "SLX" and (again.config.window, again.config.sinks) == (8, 2)
+    assert torch.equal(again(ids), model(ids))
+    stored = load_file(tmp_path / "saved/model.safetensors")
+    assert not any("layers.2.self_attn" in name or "layers.2.input_layernorm" in name for name in stored)
+    assert load_tokenizer(str(tmp_path / "saved")).encode("a b") == load_tokenizer(str(llama)).encode("a b")
+    assert json.loads((tmp_path / "saved/config.json").read_text())["model_type"] == "layerboost"
+    with pytest.raises(InputError, match="layer 2 has no attention left"):
+        load_model(str(tmp_path / "saved"), "SSS")
+
+
+def test_conversion_shares_the_weights(llama):
+    model = load_model(str(llama))
+    other = convert(model, "LXS")
+    assert other.layers[0].self_attn.q_proj.weight is model.layers[0].self_attn.q_proj.weight
+    assert other.layers[1].self_attn is None and other.head is other.lm_head.weight is model.lm_head.weight
+    ids = torch.randint(0, 700, (1, 30))
+    assert torch.equal(convert(model, "SSS")(ids), model(ids))
+
+
+def test_compiled_blocks_equal_eager_ones(llama):
+    model = boosted(llama)
+    ids = torch.randint(0, 700, (2, 96))
+    expected = model(ids)
+    model.compiled_shapes.add((2, 96))
+    torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"model_type": "gpt_neox"}, "model_type 'gpt_neox' is not supported"), ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"), ({"rope_scaling": {"type": "linear"}}, "needs 'factor'"),
+    ({"quantization_config": {}}, "quantised"), ({"partial_rotary_factor": 0.5}, "partial_rotary_factor")])
+def test_configs_that_are_not_supported_say_so(change, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | CONFIGS["llama"] | change))
+    with pytest.raises(InputError, match=message):
+        read_config(tmp_path)
+
+
+def test_wrong_weights_are_named(tmp_path):
+    folder = write_model(tmp_path, CONFIGS["llama"])
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.extra"] = torch.zeros(1)
+    weights["model.norm.weight"] = torch.zeros(3)
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(InputError) as error:
+        load_model(str(folder))
+    for part in ("unexpected model.layers.0.mlp.extra", r"model.norm.weight has shape (3,), not (48,)", "missing layers.1.self_attn.q_proj.weight"):
+        assert part in str(error.value)
+    (folder / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(InputError, match="cannot be read as safetensors"):
+        load_model(str(folder))
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(InputError, match="never pickled"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("error,message", [
+    (hub_errors.GatedRepoError, "gated"), (hub_errors.RepositoryNotFoundError, "neither a local path nor a repository"),
+    (hub_errors.RevisionNotFoundError, "no revision 'v9'"), (hub_errors.LocalEntryNotFoundError, "cannot be reached"),
+    (hub_errors.OfflineModeIsEnabled, "cannot be reached"), (ConnectionError, "cannot be reached")])
+def test_hub_errors_are_one_line(error, message, monkeypatch):
+    def download(**arguments):
+        assert arguments["repo_id"] == "owner/name" and "*.safetensors" in arguments["allow_patterns"]
+        raise error.__new__(error)
+    monkeypatch.setattr(model_module, "snapshot_download", download)
+    with pytest.raises(InputError, match=message) as caught:
+        load_model("owner/name", revision="v9")
+    assert "\n" not in str(caught.value)
+
+
+def test_hub_download_is_loaded(llama, monkeypatch):
+    monkeypatch.setattr(model_module, "snapshot_download", lambda **arguments: str(llama))
+    assert load_model("owner/name").plan == "SSS"
+
+
+# --- tokenizer ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["gpt2", "smollm", "llama3", "qwen2"])
+def test_token_ids_equal_hugging_face(kind):
+    tokenizer = load_tokenizer(str(GOLDEN / "tokenizers" / kind))
+    for line, expected in zip(NASTY, json.loads((GOLDEN / "tokenizers" / kind / "ids.json").read_text())):
+        assert tokenizer.encode(line) == expected, repr(line)
+        if kind != "qwen2":     # NFC changes the text
+            assert tokenizer.decode(tokenizer.encode(line, special=False)) == line
+
+
+@pytest.mark.parametrize("change,message", [
+    (lambda s: s["model"].update(byte_fallback=True), "SentencePiece"), (lambda s: s.update(normalizer={"type": "Lowercase"}), "Lowercase"),
+    (lambda s: s.update(pre_tokenizer={"type": "Whitespace"}), "pre-tokenizer of the kind Whitespace"),
+    (lambda s: s["model"]["merges"].reverse(), "order of its merges"), (lambda s: s["added_tokens"][0].update(lstrip=True), "strips")])
+def test_tokenizers_that_are_not_supported_say_so(change, message, tmp_path):
+    spec = json.loads((GOLDEN / "tokenizers/smollm/tokenizer.json").read_text())
+    change(spec)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(InputError, match=message):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_sentencepiece_model_says_what_is_supported(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(InputError, match="byte-level BPE of the Llama-3"):
+        load_tokenizer(str(tmp_path))
+
+
+# --- scan and plan -----------------------------------------------------------------------------------------------
+
+TIERS = {"window": 8, "sinks": 2, "feature_map": "hedgehog"}
+
+
+def test_scan_gives_the_numbers_of_a_naive_scan_in_half_the_blocks(llama, tmp_path, monkeypatch):
+    model, tokenizer = load_model(str(llama)), load_tokenizer(str(llama))
+    monkeypatch.setattr(layerboost, "SCAN_RECALL", {96: 2})
+    torch.manual_seed(0)
+    sequences = torch.randint(0, 700, (2, 128))
+    with torch.inference_mode():
+        probes = [layerboost.kl_probe(model, sequences), layerboost.recall_probe(model, tokenizer, sequences)]
+    calls, run = [0], model_module.Block.forward
+    monkeypatch.setattr(model_module.Block, "forward", lambda *a: (calls.__setitem__(0, calls[0] + 1), run(*a))[1])
+    layers = layerboost.scan(model, probes, TIERS, tmp_path / "scan.json", {}, [])
+    scanned, calls[0] = calls[0], 0
+    for i, tier in itertools.product(range(3), "XL"):
+        naive = layerboost.measure_plan(model, probes, TIERS, "SSS"[:i] + tier + "SSS"[i + 1:])
+        for column, value in naive.items():
+            assert layers[i][tier][column] == pytest.approx(value, abs=1e-5)
+    assert scanned < calls[0]
+    assert {"kl", "recall", "kl, text 1", "recall at 96"} <= set(layers[0]["X"])
+    resumed = layerboost.scan(model, probes, TIERS, tmp_path / "scan.json", {}, layers[:1])
+    assert resumed == layers == json.loads((tmp_path / "scan.json").read_text())["layers"]
+
+
+def test_planners():
+    draw = random.Random(0)
+    costs = [{"S": 0.0, "L": draw.random(), "X": draw.random()} for _ in range(7)]
+    total = lambda plan: sum(cost[tier] for cost, tier in zip(costs, plan))
+    plans = ["".join(p) for p in set(itertools.permutations("SSXXLLL"))]
+    best = min(plans, key=total)
+    assert layerboost.plan_tier(costs, 2, 2) == best
+    paper = layerboost.plan_paper(costs, 2, 2)
+    by_x = sorted(range(7), key=lambda i: costs[i]["X"])
+    assert all(paper[i] == "X" for i in by_x[:2]) and all(paper[i] == "S" for i in by_x[-2:]) and paper.count("L") == 3
+    greedy = layerboost.plan_greedy(costs, 2, 2, total)
+    assert (greedy.count("S"), greedy.count("X")) == (2, 2) and total(greedy) >= total(best)
+    assert layerboost.plan_tier(costs, 7, 0) == "S" * 7 and layerboost.plan_tier(costs, 0, 7) == "X" * 7
+
+
+def test_spearman():
+    assert layerboost.spearman([1, 2, 3, 4], [10, 20, 30, 100]) == pytest.approx(1)
+    assert layerboost.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert layerboost.spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9487, abs=1e-4)      # scipy.stats.spearmanr
+    assert layerboost.spearman([0, 0, 0], [1, 2, 3]) == 0
+
+
+# --- healing -----------------------------------------------------------------------------------------------------
+
+def test_sliced_kl_equals_the_formula_and_its_gradients():
+    torch.manual_seed(0)
+    student, teacher, head, other = torch.randn(50, 16), torch.randn(50, 16), torch.randn(90, 16), torch.randn(90, 16)
+    results = []
+    for form in (lambda *a: kernels.sliced_kl(*a, rows=16), kernels.naive_kl):
+        leaves = [student.clone().requires_grad_(True), head.clone().requires_grad_(True)]
+        loss = form(leaves[0], teacher, leaves[1], other)
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for fast, naive in zip(*results):
+        torch.testing.assert_close(fast, naive, rtol=1e-4, atol=1e-6)
+
+
+def test_packing_puts_an_end_of_text_between_documents(llama):
+    tokenizer = load_tokenizer(str(llama))
+    documents = ["one two", "three", "four five six " * 20]
+    ids = [id for d in documents for id in tokenizer.encode(d) + [700]]
+    packed = distill.pack(iter(documents), tokenizer, (700,), 8)
+    assert packed.flatten().tolist() == ids[:len(ids) // 8 * 8]
+    assert distill.pack(iter(documents), tokenizer, (700,), 8, tokens=17).shape == (3, 8)
+
+
+def test_documents_are_read_from_every_kind_of_file(tmp_path):
+    (tmp_path / "a.txt").write_text("plain")
+    (tmp_path / "b.jsonl").write_text('{"text": "line"}\n{"text": "other"}\n')
+    with gzip.open(tmp_path / "c.json.gz", "wt") as file:
+        file.write('{"text": "zipped"}\n')
+    assert list(distill.read_documents(str(tmp_path))) == ["plain", "line", "other", "zipped"]
+    (tmp_path / "b.jsonl").write_text('{"text": "line"}\n{"body": 1}\n')
+    with pytest.raises(InputError, match="b.jsonl: line 2"):
+        list(distill.read_documents(str(tmp_path / "b.jsonl")))
+    with pytest.raises(InputError, match="--valid .*nowhere: no such file"):
+        list(distill.read_documents(str(tmp_path / "nowhere"), "--valid"))
+
+
+def test_adapters_start_silent_and_merge_exactly(llama):
+    base = load_model(str(llama))
+    student, ids = convert(base, "SLX", **TIERS), torch.randint(0, 700, (1, 40))
+    expected, original = student(ids), base.layers[0].mlp.up_proj.weight.clone()
+    distill.add_adapters(student, 4, seed=0)
+    torch.testing.assert_close(student(ids), expected)
+    assert sum(isinstance(m, distill.LoRALinear) for m in student.modules()) == 4 + 4 + 3 * 3
+    for module in student.modules():
+        if isinstance(module, distill.LoRALinear):
+            module.B.data.normal_(std=0.1)
+    adapted = student(ids)
+    assert (adapted - expected).abs().max() > 0.1
+    distill.merge_adapters(student)
+    torch.testing.assert_close(student(ids), adapted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(base.layers[0].mlp.up_proj.weight, original)
+
+
+def heal_small(folder, checkpoint, interrupt_at=None, monkeypatch=None, **settings):
+    torch.manual_seed(0)
+    base = load_model(str(folder))
+    student = convert(base, "LLX", **TIERS)
+    data = torch.randint(0, 700, (12, 32), generator=torch.Generator().manual_seed(0))
+    run = distill.Healing(**{"tokens": 32 * 4 * 10, "context": 32, "rank": 4, "transfer_share": 0.3, "lr": 3e-3, **settings})
+    if interrupt_at is not None:
+        step, original = [0], distill.Optimizer.step
+        def stepping(self, rate):
+            original(self, rate)
+            step[0] += 1
+            if step[0] == interrupt_at:
+                os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setattr(distill.Optimizer, "step", stepping)
+        with pytest.raises(KeyboardInterrupt):
+            distill.heal(base, student, data, data[:2], run, checkpoint, {"plan": "LLX"})
+        monkeypatch.setattr(distill.Optimizer, "step", original)
+        return None, None
+    return student, distill.heal(base, student, data, data[:2], run, checkpoint, {"plan": "LLX"})
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_healing_helps_and_resumes_exactly(llama, tmp_path, monkeypatch, full):
+    """Stopped by Ctrl-C in either stage and gone on, a run ends with the same weights, bit for bit."""
+    lr = 5e-4 if full else 3e-3
+    student, curve = heal_small(llama, tmp_path / "whole.safetensors", full=full, lr=lr)
+    assert curve["valid"][-1][1] < 0.8 * curve["valid"][0][1] and len(curve["train"]) == 10
+    assert curve["train"][2] < curve["train"][0]                                # attention transfer learns, too
+    for stop in (2, 4):
+        heal_small(llama, tmp_path / "cut.safetensors", stop, monkeypatch, full=full, lr=lr)
+    resumed, curve_again = heal_small(llama, tmp_path / "cut.safetensors", full=full, lr=lr)
+    assert curve_again == curve
+    for (name, a), b in zip(student.named_parameters(), resumed.parameters()):
+        assert torch.equal(a, b), name
+    again, _ = heal_small(llama, tmp_path / "cut.safetensors", full=full, lr=lr)       # a finished run is only read back
+    assert torch.equal(again.norm.weight, resumed.norm.weight)
+    with pytest.raises(InputError, match=f"was made with lr = {lr}, not 0.1"):
+        heal_small(llama, tmp_path / "cut.safetensors", lr=0.1, full=full)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(llama, tmp_path):
+    with pytest.raises(distill.Diverged, match="try a lower --lr"):
+        heal_small(llama, tmp_path / "c.safetensors", lr=1e30)
+
+
+def test_attention_transfer_trains_the_tails_alone(llama):
+    base = load_model(str(llama))
+    student = convert(base, "LSX", **TIERS)
+    for name in student.layers[0].self_attn.tail_parameters():
+        getattr(student.layers[0].self_attn, name).requires_grad_(True)
+    ids = torch.randint(0, 700, (2, 64))
+    error = distill.attention_transfer(base, student, ids)
+    assert 0 < error < 1 and student.layers[0].self_attn.query_map.grad.abs().sum() > 0
+    wide = convert(base, "LSX", window=64, sinks=0, feature_map="hedgehog")     # the window sees everything: nothing to learn
+    assert distill.attention_transfer(base, wide.requires_grad_(True), ids) < 1e-9
+
+
+def test_every_sequence_is_read_once_a_pass():
+    run = distill.Healing(tokens=4 * 1024 * 30)
+    order = torch.cat([run.sequences(step, 24) for step in range(12)])
+    assert sorted(order[:24].tolist()) == sorted(order[24:].tolist()) == list(range(24))
+    assert order[:24].tolist() != order[24:].tolist()
+
+
+# --- measurements ------------------------------------------------------------------------------------------------
+
+def test_text_quality_by_its_definition(llama):
+    base, other = load_model(str(llama)), boosted(llama)
+    ids = torch.randint(0, 700, (3, 40))
+    figures = bench.text_quality({"base": base, "other": other}, base, ids, batch=2)
+    p, q = base(ids).log_softmax(-1), other(ids).log_softmax(-1)
+    loss = torch.nn.functional.cross_entropy(q[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert figures["other"]["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-4)
+    assert figures["other"]["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert figures["other"]["agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+    assert figures["base"]["kl"] == 0 and figures["base"]["agreement"] == 1
+
+
+def test_answers_are_scored_by_their_own_tokens(llama):
+    model = load_model(str(llama))
+    prompts = [([1, 2, 3], [4, 5]), ([9], [8]), ([7] * 20, [1, 2, 3])]
+    for (context, answer), scored in zip(prompts, bench.score_answers(model, prompts, batch_tokens=50)):
+        log_p = model(torch.tensor([context + answer])).log_softmax(-1)[0]
+        expected = sum(log_p[len(context) - 1 + i, token] for i, token in enumerate(answer))
+        assert scored.log_likelihood == pytest.approx(float(expected), rel=1e-4)
+        assert scored.greedy == all(log_p[len(context) - 1 + i].argmax() == token for i, token in enumerate(answer))
+
+
+def test_tasks_are_read_and_judged(llama, tmp_path):
+    tokenizer = load_tokenizer(str(llama))
+    item = {"query": "Question: why\n", "choices": ["a", "because it is so"], "gold": 1}
+    context, answer = bench.task_prompts(item, tokenizer)[1]
+    assert tokenizer.decode(context) == "Question: why\nAnswer:" and tokenizer.decode(answer) == " because it is so"
+    S = bench.Scored
+    assert bench.task_accuracy([item], [[S(-2.0, False), S(-4.0, False)]]) == {"items": 1, "accuracy": 0, "accuracy_norm": 1}
+    options = {"context_options": ["The cat", "The dog"], "continuation": "ran", "gold": 0}
+    assert [tokenizer.decode(c) for c, _ in bench.task_prompts(options, tokenizer)] == ["The cat", "The dog"]
+    assert bench.task_accuracy([options], [[S(-1.0, False), S(-2.0, False)]]) == {"items": 1, "accuracy": 1}
+    last = {"context": "I saw a", "continuation": "dog"}
+    assert bench.task_accuracy([last, last], [[S(-1.0, True)], [S(-3.0, False)]]) == {"items": 2, "accuracy": 0.5, "perplexity": pytest.approx(7.389, abs=1e-3)}
+    (tmp_path / "bad.jsonl").write_text(json.dumps(last) + '\n{"question": 1}\n')
+    with pytest.raises(InputError, match="bad.jsonl: line 2"):
+        bench.read_task(str(tmp_path / "bad.jsonl"))
+
+
+def test_passkeys_are_hidden_where_they_should_be(llama):
+    tokenizer, text = load_tokenizer(str(llama)), torch.full((4, 400), 300)
+    for depth, (context, answer) in bench.passkey_prompts(tokenizer, text, 512, (0.0, 0.5, 1.0), count=2):
+        assert len(context) + len(answer) == 512
+        number = tokenizer.decode(answer).strip()
+        assert len(number) == 5 and tokenizer.decode(context).count(number) == 2
+        place = tokenizer.decode(context).index(number) / len(tokenizer.decode(context))
+        assert abs(place - depth) < 0.35
+
+
+# --- the command line --------------------------------------------------------------------------------------------
+
+def command(llama, text, out, *more):
+    return ["--model", str(llama), "--data", str(text), "--valid", str(text), "--tokens", "12k", "--window", "16", "--sinks", "2", "--device", "cpu",
+            "--dtype", "float32", "--no-compile", "--lr", "3e-4", "--out", str(out), *more]
+
+
+def test_the_whole_story(llama, text, tmp_path, capsys):
+    task = tmp_path / "task.jsonl"
+    task.write_text('{"query": "the key", "choices": ["of", "and"], "gold": 0}\n')
+    out = tmp_path / "out"
+    assert layerboost.main(command(llama, text, out, "--keep", "1", "--drop", "1", "--tasks", str(task), "--measure", "kl+recall+task")) == 0
+    printed = capsys.readouterr().out
+    assert "Plan:" in printed and "Spearman" in printed and "| perplexity" in printed
+    report = json.loads((out / "report.json").read_text())
+    for name in ("base", "converted", "healed"):
+        assert {"perplexity", "kl", "agreement", "recall", "tasks"} <= set(report[name])
+        assert set(report[name]["recall"]) == {"512"} and report[name]["tasks"]["task"]["items"] == 1
+    assert report["base"]["kl"] == 0 and report["healed"]["kl"] < report["converted"]["kl"]
+    assert sorted(report["plan"]) == ["L", "S", "X"] and (out / "report.md").exists()
+    healed = load_model(str(out))
+    assert healed.plan == report["plan"]
+
+    layers = json.loads((out / "scan.json").read_text())["layers"]              # a second plan from the same scan
+    assert layerboost.main(command(llama, text, tmp_path / "again", "--keep", "2", "--drop", "0", "--tasks", str(task), "--measure", "kl+recall+task",
+                                   "--scan", str(out / "scan.json"))) == 0
+    assert json.loads((tmp_path / "again/report.json").read_text())["scan"] == layers
+
+    assert layerboost.main(["--model", str(out), "--prompt", "the key of", "--max-new-tokens", "8", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("the key of")
+    assert bench.main(["quality", "--model", str(out), "--base", str(llama), "--valid", str(text), "--dtype", "float32", "--sequences", "4"]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])["report"]
+    assert figures["model"]["kl"] == pytest.approx(report["healed"]["kl"], rel=0.5) and figures["base"]["kl"] == 0
+
+
+def test_without_validation_text_the_last_documents_are_held_out(llama, text, tmp_path):
+    args = layerboost.parse_arguments(["--model", str(llama), "--data", str(text)])
+    train, valid = layerboost.read_text(args, load_tokenizer(str(llama)), load_model(str(llama)), distill.Healing(tokens=10**6))
+    documents = list(distill.read_documents(str(text)))
+    tokenizer = load_tokenizer(str(llama))
+    assert valid.flatten()[:50].tolist() == tokenizer.encode(documents[-1])[:50]
+    assert train.flatten()[:50].tolist() == tokenizer.encode(documents[0])[:50]
+    assert train.numel() + valid.numel() <= sum(len(tokenizer.encode(d)) + 1 for d in documents)
+
+
+@pytest.mark.parametrize("more,message", [
+    (["--keep", "3", "--drop", "1"], "--keep 3 --drop 1"), (["--plan", "SL"], "give 3 letters"), (["--plan", "uniform:Q"], "give 3 letters"),
+    (["--feature-map", "cosine"], "--feature-map 'cosine'"), (["--window", "0", "--feature-map", "none"], "would see nothing"),
+    (["--measure", "luck"], "--measure luck"), (["--tokens", "100"], "give at least as many"), (["--measure", "task"], "--tasks FILE"), (["--tasks", "nowhere.jsonl"], "--tasks nowhere.jsonl"),
+    (["--data", "nowhere"], "--data nowhere"), (["--model", "./nowhere"], "--model ./nowhere"), (["--scan", "nowhere.json"], "--scan nowhere.json"),
+    (["--prompt", ""], "--prompt is empty")])
+def test_bad_input_is_one_line_and_exit_code_2(more, message, llama, text, tmp_path, capsys):
+    assert layerboost.main(command(llama, text, tmp_path / "out", *more)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("layerboost: ") and message in error
+
+
+def test_a_scan_of_something_else_is_refused_with_the_difference(llama, text, tmp_path, capsys):
+    out, task = tmp_path / "out", tmp_path / "task.jsonl"
+    task.write_text('{"query": "the key", "choices": ["of", "and"], "gold": 0}\n')
+    assert layerboost.main(command(llama, text, out, "--keep", "1", "--drop", "1")) == 0
+    assert layerboost.main(command(llama, text, tmp_path / "new", "--scan", str(out / "scan.json"), "--window", "32")) == 2
+    assert "was measured with window 16, this run has 32" in capsys.readouterr().err
+    assert layerboost.main(command(llama, text, tmp_path / "new", "--scan", str(out / "scan.json"), "--tasks", str(task), "--measure", "task")) == 2
+    assert "was measured with --measure kl+recall, this run has task" in capsys.readouterr().err
+    assert layerboost.main(["--model", str(out), "--data", str(text)]) == 2
+    assert "is converted already" in capsys.readouterr().err
+
+
+def test_token_counts():
+    assert [layerboost.token_count(t) for t in ("200k", "10M", "1.5k", "4096")] == [200_000, 10_000_000, 1500, 4096]
+    for bad in ("k", "ten", ""):
+        with pytest.raises(Exception, match="not a number of tokens"):
+            layerboost.token_count(bad)
