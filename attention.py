@@ -119,12 +119,14 @@ class WindowLinearAttention(SoftmaxAttention):
             self.tail_logit = nn.Parameter(torch.empty(H, dtype=torch.float32))
 
     def initial_tail(self) -> dict[str, Tensor]:
-        """The tail's parameters before any training: W the identity, b = 0."""
+        """The tail's parameters before any training: W the identity, and b = 0 for features that are normalised, so that the
+        tail starts faint against the window; -8 for elu and relu, whose features grow with q and k."""
         H, G, D = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
         if self.config.feature_map == "none":
             return {}
+        start = -8.0 if self.config.feature_map in ("elu", "relu") else 0.0
         make = favor_projection if self.config.feature_map == "favor" else lambda heads, D: torch.eye(D).repeat(heads, 1, 1)
-        return {"query_map": make(H, D), "key_map": make(G, D), "tail_logit": torch.zeros(H)}
+        return {"query_map": make(H, D), "key_map": make(G, D), "tail_logit": torch.full((H,), start)}
 
     def tail_parameters(self) -> list[nn.Parameter]:
         """What attention transfer trains: b, and W where it is learned (Performer's is fixed)."""

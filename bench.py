@@ -23,11 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distill import C4, pack, read_documents
+from kernels import ROWS, by_rows, logit_kl
 from model import InputError, Model, Tokenizer, load_model, load_tokenizer, pick_device, pick_dtype
 
 RECALL_LENGTHS = (512, 1024, 2048)
 RECALL_DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-ROWS = 512      # positions whose logits exist at one time
 
 
 # --- text --------------------------------------------------------------------------------------------------------
@@ -49,15 +49,20 @@ def text_quality(models: dict[str, Model], base: Model, sequences: Tensor, batch
 
 def compare_rows(hidden: Tensor, head: Tensor, base_hidden: Tensor, base_head: Tensor, ids: Tensor) -> Tensor:
     """One sequence [T]: its negative log-likelihood, KL(base || model), and equal top-1 tokens, summed over positions."""
-    total = torch.zeros(3, dtype=torch.float64)
-    for start in range(0, len(ids), ROWS):
-        part = slice(start, start + ROWS)
-        log_q = (hidden[part] @ head.T).float().log_softmax(-1)
-        log_p = log_q if hidden is base_hidden else (base_hidden[part] @ base_head.T).float().log_softmax(-1)
-        following = ids[start + 1:start + 1 + log_q.shape[0]]
-        total += torch.stack((-log_q[:len(following)].gather(-1, following[:, None]).sum(), (log_p.exp() * (log_p - log_q)).sum(),
-                              (log_p.argmax(-1) == log_q.argmax(-1)).sum())).cpu()
-    return total
+    following = torch.cat((ids[1:], ids.new_zeros(1)))          # nothing is known to follow the last one: it counts no likelihood
+    figures = torch.cat([torch.stack(fused_comparison(h @ head.T, base @ base_head.T, after)) for h, base, after in
+                         zip(hidden.split(ROWS), base_hidden.split(ROWS), following.split(ROWS))], dim=1)
+    figures[0, -1] = 0
+    return figures.double().sum(1).cpu()
+
+
+def compare_logits(logits: Tensor, base_logits: Tensor, following: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [rows, V] and the tokens that follow [rows] -> negative log-likelihood, KL, equal top-1, each [rows]."""
+    likelihood = logits.float().log_softmax(-1).gather(-1, following[:, None])[:, 0]
+    return -likelihood, logit_kl(logits, base_logits), (logits.argmax(-1) == base_logits.argmax(-1)).float()
+
+
+fused_comparison = by_rows(compare_logits)
 
 
 # --- prompts with an answer --------------------------------------------------------------------------------------

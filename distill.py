@@ -131,7 +131,7 @@ def merge_adapters(model: Model) -> None:
 class Healing:
     """The settings of a run. A checkpoint goes on only under the same ones."""
     tokens: int = 10_000_000            # all that either stage trains on
-    transfer_share: float = 0.1         # of the tokens, for attention transfer
+    transfer_share: float = 0.05        # of the tokens, for attention transfer
     rank: int = 16                      # of the adapters; ignored by `full`
     full: bool = False                  # train every weight instead
     lr: float = 1e-3

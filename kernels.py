@@ -254,49 +254,66 @@ def window_linear_step(query: Tensor, phi_query: Tensor | None, tail_logit: Tens
     return (numerator / denominator).view(B, H, 1, D).to(query.dtype)
 
 
-# --- distillation loss -------------------------------------------------------------------------------------------
+# --- divergence of two models ------------------------------------------------------------------------------------
+
+ROWS = 512      # positions whose logits over the vocabulary exist at one time
+
+
+def logit_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) = sum_v p_v (log p_v - log q_v), logits [rows, V] -> nats [rows] in float32."""
+    log_q, log_p = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def logit_kl_gradient(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, and its gradient by the student's logits, q - p [rows, V] in their dtype."""
+    log_q, log_p = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    p = log_p.exp()
+    return (p * (log_p - log_q)).sum(-1), (log_q.exp() - p).to(student.dtype)
+
+
+def by_rows(function):
+    """Fuses the many passes over [rows, V] into two or three, for slices of exactly ROWS rows; others run eagerly."""
+    compiled = torch.compile(function, dynamic=False)
+    return lambda *logits: (compiled if logits[0].shape[0] == ROWS else function)(*logits)
+
+
+fused_kl, fused_kl_gradient = by_rows(logit_kl), by_rows(logit_kl_gradient)
+
 
 class SlicedKL(torch.autograd.Function):
     """KL(teacher || student) summed over positions, from hidden states, a slice of positions at a time.
 
-    With p, q the softmax of teacher and student logits, KL = sum_v p_v (log p_v - log q_v) and its gradient by the
-    student's logits is q - p: both are made in the forward pass while the slice's logits exist, so that no float32
-    tensor of [tokens, vocabulary] is ever alive.
+    The gradient is made in the forward pass, while the slice's logits exist, so that no float32 tensor of
+    [tokens, vocabulary] is ever alive.
     """
 
     @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor, student_head: Tensor, teacher_head: Tensor, rows: int):
+    def forward(ctx, student: Tensor, teacher: Tensor, student_head: Tensor, teacher_head: Tensor):
         total = torch.zeros((), device=student.device)
         grad_student = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(student_head, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        for start in range(0, student.shape[0], rows):
-            part = slice(start, start + rows)
-            log_q = (student[part] @ student_head.T).float().log_softmax(-1)                # (rows, V)
-            log_p = (teacher[part] @ teacher_head.T).float().log_softmax(-1)
-            p = log_p.exp()
-            total += (p * (log_p - log_q)).sum()
-            if grad_student is not None:
-                grad_logits = (log_q.exp() - p).to(student.dtype)
-                grad_student[part] = grad_logits @ student_head
-                if grad_head is not None:
-                    grad_head += (grad_logits.T @ student[part]).float()
+        for start in range(0, student.shape[0], ROWS):
+            part = slice(start, start + ROWS)
+            logits = student[part] @ student_head.T, teacher[part] @ teacher_head.T         # (rows, V)
+            if grad_student is None:
+                total += fused_kl(*logits).sum()
+                continue
+            kl, grad_logits = fused_kl_gradient(*logits)
+            total += kl.sum()
+            grad_student[part] = grad_logits @ student_head
+            if grad_head is not None:
+                grad_head += (grad_logits.T @ student[part]).float()
         ctx.save_for_backward(grad_student, grad_head)
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad_student, grad_head = ctx.saved_tensors
-        scaled = [None if g is None else g * grad.to(g.dtype) for g in (grad_student, grad_head)]
-        return scaled[0], None, scaled[1], None, None
+        grad_student, grad_head = (g if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        return grad_student, None, grad_head, None
 
 
-def sliced_kl(student: Tensor, teacher: Tensor, student_head: Tensor, teacher_head: Tensor, rows: int = 512) -> Tensor:
-    """Mean KL(teacher || student) per token. student, teacher [N, d] hidden states after the final norm; the heads [V, d];
-    `rows` positions are worked on at a time. Gradients reach `student`, and `student_head` where it asks for them."""
-    return SlicedKL.apply(student, teacher, student_head, teacher_head, rows) / student.shape[0]
-
-
-def naive_kl(student: Tensor, teacher: Tensor, student_head: Tensor, teacher_head: Tensor) -> Tensor:
-    """The same by its formula, with all logits at once."""
-    log_q, log_p = ((x @ head.T).float().log_softmax(-1) for x, head in ((student, student_head), (teacher, teacher_head)))
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+def sliced_kl(student: Tensor, teacher: Tensor, student_head: Tensor, teacher_head: Tensor) -> Tensor:
+    """Mean KL(teacher || student) per token. student, teacher [N, d]: hidden states after the final norm; the heads [V, d].
+    Gradients reach `student`, and `student_head` where it asks for them."""
+    return SlicedKL.apply(student, teacher, student_head, teacher_head) / student.shape[0]

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench import RECALL_LENGTHS, ROWS, cache_bytes, evaluate, format_table, passkey_prompts, read_task, score_hidden, table, task_accuracy, task_prompts
+from bench import RECALL_LENGTHS, cache_bytes, evaluate, format_table, passkey_prompts, read_task, score_hidden, table, task_accuracy, task_prompts
 from distill import C4, Diverged, Healing, heal, pack, read_documents
+from kernels import ROWS, fused_kl
 from model import (InputError, Model, Tokenizer, convert, find_model, load_model, load_tokenizer, parse_plan, pick_device,
                    pick_dtype, read_json, save_model, write_file)
 
@@ -44,18 +45,17 @@ VALID_SEQUENCES = 32                                # of CONTEXT tokens, for the
 def kl_probe(model: Model, sequences: Tensor):
     """Mean KL(base || altered) in nats a token; columns besides: either half of the text, and early and late positions."""
     batches = list(sequences.to(model.device).split(2))
-    base = [model.hidden(ids).flatten(0, 1) for ids in batches]
+    sampled = lambda hidden: hidden[:, ::2].flatten(0, 1).split(ROWS)           # every second position: the head costs as much as the layers
+    base = [[p @ model.head.T for p in sampled(model.hidden(ids))] for ids in batches]          # kept: 0.4 GB for a vocabulary of 49k
 
     def damage(hiddens: list[Tensor]) -> dict[str, float]:
-        rows = []
-        for target, hidden in zip(base, hiddens):
-            for p, q in zip(target.split(ROWS), hidden.flatten(0, 1).split(ROWS)):
-                log_p, log_q = ((x @ model.head.T).float().log_softmax(-1) for x in (p, q))
-                rows.append((log_p.exp() * (log_p - log_q)).sum(-1))
-        kl = torch.cat(rows).view(sequences.shape)                                              # (sequences, T)
-        half, early = len(kl) // 2, kl.shape[1] // 4
-        return {"kl": float(kl.mean()), "kl, text 1": float(kl[:half].mean()), "kl, text 2": float(kl[half:].mean()),
-                f"kl, tokens to {early}": float(kl[:, :early].mean()), f"kl, tokens from {2 * early}": float(kl[:, 2 * early:].mean())}
+        rows = [fused_kl(q @ model.head.T, logits) for kept, hidden in zip(base, hiddens) for logits, q in zip(kept, sampled(hidden))]
+        kl = torch.cat(rows).view(len(sequences), -1)                                           # (sequences, T / 2)
+        half, quarter = len(kl) // 2, kl.shape[1] // 4
+        columns = {"kl": kl, f"kl, tokens to {2 * quarter}": kl[:, :quarter], f"kl, tokens from {4 * quarter}": kl[:, 2 * quarter:]}
+        if half:
+            columns |= {"kl, text 1": kl[:half], "kl, text 2": kl[half:]}
+        return {name: float(values.mean()) for name, values in columns.items()}
     return batches, damage
 
 
@@ -92,6 +92,13 @@ def task_probe(model: Model, tokenizer: Tokenizer, path: str):
 
 
 @torch.inference_mode()
+def make_probes(model: Model, tokenizer: Tokenizer, measures: list[str], calibration: Tensor, text: Tensor, tasks: list[str]) -> list:
+    make = {"kl": lambda: kl_probe(model, calibration), "recall": lambda: recall_probe(model, tokenizer, text),
+            "task": lambda: task_probe(model, tokenizer, tasks[0])}
+    return [make[name]() for name in measures]
+
+
+@torch.inference_mode()
 def scan(model: Model, probes: list, tiers: dict, path: Path, identity: dict, layers: list[dict]) -> list[dict]:
     """Changes each layer alone to X and to L: [{"X": {column: damage}, "L": ...} per layer].
 
@@ -117,11 +124,11 @@ def scan(model: Model, probes: list, tiers: dict, path: Path, identity: dict, la
     return layers
 
 
+@torch.inference_mode()
 def measure_plan(model: Model, probes: list, tiers: dict, plan: str) -> dict[str, float]:
     """The damage of a whole plan, measured."""
     altered = convert(model, plan, **tiers)
-    with torch.inference_mode():
-        return {k: v for batches, damage in probes for k, v in damage([altered.hidden(ids) for ids in batches]).items()}
+    return {k: v for batches, damage in probes for k, v in damage([altered.hidden(ids) for ids in batches]).items()}
 
 
 def check_scan(path: Path, identity: dict, measures: list[str], n: int) -> list[dict]:
@@ -285,34 +292,29 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     identity = {"model": weights, "data": fingerprint(calibration), **tiers, "dtype": args.dtype}
     if args.scan and not scan_file.exists():
         raise InputError(f"--scan {args.scan}: no such file")
-    layers = check_scan(scan_file, identity, measures, n) if plan is None and scan_file.exists() else []
+    layers = check_scan(scan_file, identity, measures, n) if scan_file.exists() else []
     announce(model, args, settings, calibration, keep, drop, plan, len(layers))
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    if not args.no_compile:
-        model.compiled_shapes |= {(2, calibration.shape[1]), (settings.batch, settings.context)}
+    model.compiled_shapes |= {(2, calibration.shape[1]), (settings.batch, settings.context)}
 
     if plan is None:
-        print("\nScan: one layer at a time." if len(layers) < n else f"\nScan: all {n} layers, from {scan_file}.")
-        probes = []
-        if len(layers) < n or args.planner == "greedy":
-            with torch.inference_mode():
-                probes += [kl_probe(model, calibration)] if "kl" in measures else []
-                probes += [recall_probe(model, tokenizer, train)] if "recall" in measures else []
-                probes += [task_probe(model, tokenizer, args.tasks[0])] if "task" in measures else []
+        print(f"\nScan: one layer at a time, from layer {len(layers)} on." if len(layers) < n else f"\nScan: read from {scan_file}.")
+        probes = make_probes(model, tokenizer, measures, calibration, train, args.tasks) if len(layers) < n or args.planner == "greedy" else []
         if len(layers) < n:
             layers = scan(model, probes, tiers, scan_file, identity, layers)
         costs = costs_of(layers, measures)
-        total = lambda columns: sum(columns[m] for m in measures)
-        plan = {"paper": plan_paper, "tier": plan_tier}[args.planner](costs, keep, drop) if args.planner != "greedy" else \
-            plan_greedy(costs, keep, drop, lambda plan: total(measure_plan(model, probes, tiers, plan)))
+        if args.planner == "greedy":
+            plan = plan_greedy(costs, keep, drop, lambda trial: sum(measure_plan(model, probes, tiers, trial)[m] for m in measures))
+        else:
+            plan = {"paper": plan_paper, "tier": plan_tier}[args.planner](costs, keep, drop)
+    if len(layers) == n:
         print(chart(layers, measures, plan))
         print("rankings of the layers compared (Spearman: 1 the same order, 0 unrelated):", *agreement_lines(layers), sep="\n")
+    print(f"\nPlan: {plan}")
+    if len(layers) == n:
         expected = {m: sum(row[tier][m] for row, tier in zip(layers, plan) if tier != "S") for m in measures}
-        print(f"\nPlan: {plan}")
         print("  predicted before healing, as the sum over its layers: " + ", ".join(f"{m} {v:.3f}" for m, v in expected.items()))
-    else:
-        print(f"\nPlan: {plan}")
     student = convert(model, plan, **tiers)
     print(f"  {plan.count('S')} softmax, {plan.count('L')} sliding-window linear, {plan.count('X')} removed; cache of a sequence at 8k tokens "
           f"{cache_bytes(student, 8192) / 2**20:.1f} MiB, was {cache_bytes(model, 8192) / 2**20:.1f} MiB")
@@ -435,6 +437,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> int:
     args = parse_arguments(argv)
+    torch.compiler.set_stance("force_eager" if args.no_compile else "default")
     try:
         args.device = pick_device(args.device)
         args.dtype = args.dtype or pick_dtype(args.device)
