@@ -56,7 +56,10 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, x, rotary, cache=None, positions=None, lengths=None) -> Tensor:
         query, key, value = self.project(x, rotary)
-        out = self.attend(query, key, value) if cache is None else self.advance(query, key, value, cache, positions, lengths)
+        if cache is None:
+            out = self.attend(query, key, value)
+        else:
+            out = self.advance(query, key, value, cache, positions, lengths)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def project(self, x: Tensor, rotary) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,8 +103,9 @@ class WindowLinearCache:
 
     def __init__(self, config, batch: int, dtype: torch.dtype, device):
         G, D, features = config.num_key_value_heads, config.head_dim, feature_size(config.feature_map, config.head_dim)
-        self.ring_key, self.ring_value = (torch.zeros(batch, G, config.window, D, dtype=dtype, device=device) for _ in range(2))
-        self.sink_key, self.sink_value = (torch.zeros(batch, G, config.sinks, D, dtype=dtype, device=device) for _ in range(2))
+        pair = lambda tokens: [torch.zeros(batch, G, tokens, D, dtype=dtype, device=device) for _ in range(2)]
+        self.ring_key, self.ring_value = pair(config.window)
+        self.sink_key, self.sink_value = pair(config.sinks)
         self.state = torch.zeros(batch, G, features, D, device=device)
         self.norm = torch.zeros(batch, G, features, device=device)
 
@@ -119,8 +123,8 @@ class WindowLinearAttention(SoftmaxAttention):
             self.tail_logit = nn.Parameter(torch.empty(H, dtype=torch.float32))
 
     def initial_tail(self) -> dict[str, Tensor]:
-        """The tail's parameters before any training: W the identity, and b = 0 for features that are normalised, so that the
-        tail starts faint against the window; -8 for elu and relu, whose features grow with q and k."""
+        """The tail's parameters before any training: W the identity, and b = 0 for features that are normalised, so that
+        the tail starts faint against the window; -8 for elu and relu, whose features grow with q and k."""
         H, G, D = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
         if self.config.feature_map == "none":
             return {}
@@ -165,8 +169,10 @@ class WindowLinearAttention(SoftmaxAttention):
         self.store_sinks(key, value, cache, positions)
         if query.shape[2] == 1 and lengths is None:
             self.push(key, value, cache, positions)
-            phi_query = None if self.features == 0 else feature_map(query, self.config.feature_map, self.query_map)
-            return window_linear_step(query, phi_query, getattr(self, "tail_logit", None), cache.ring_key, cache.ring_value, past)
+            if self.features == 0:
+                return window_linear_step(query, None, None, cache.ring_key, cache.ring_value, past)
+            phi_query = feature_map(query, self.config.feature_map, self.query_map)
+            return window_linear_step(query, phi_query, self.tail_logit, cache.ring_key, cache.ring_value, past)
         return self.prefill(past, query, key, value, cache, lengths)
 
     def store_sinks(self, key: Tensor, value: Tensor, cache: WindowLinearCache, positions: Tensor) -> None:
@@ -178,7 +184,7 @@ class WindowLinearAttention(SoftmaxAttention):
             sink.copy_(torch.where(new, x.gather(2, index), sink))
 
     def push(self, key: Tensor, value: Tensor, cache: WindowLinearCache, positions: Tensor) -> None:
-        """Puts one token into the ring and the one that it displaces into S and z. Without a window, into S and z at once."""
+        """Puts one token into the ring and the one that it displaces into S and z; without a window, into those at once."""
         old_key, old_value = key, value
         if self.config.window:
             slot = (positions % self.config.window)[:, None, None, None].expand_as(key)
@@ -192,13 +198,14 @@ class WindowLinearAttention(SoftmaxAttention):
             cache.norm.add_(phi_key[:, :, 0])
 
     def prefill(self, past: Past, query, key, value, cache: WindowLinearCache, lengths: Tensor | None) -> Tensor:
-        """Many tokens: the parallel form from the cache's state, then the cache as it stands after each sequence's last one."""
+        """Many tokens: the parallel form from the cache's state, then the cache as it is after each sequence's last one."""
         window, tokens = self.config.window, query.shape[2]
         lengths = torch.full_like(past.start, tokens) if lengths is None else lengths
         recent = past.start[:, None] + torch.arange(window, device=key.device)                          # (B, w)
         if window:                                                                                      # oldest first
             slots = (recent % window)[:, None, :, None].expand_as(cache.ring_key)
-            key, value = torch.cat((cache.ring_key.gather(2, slots), key), 2), torch.cat((cache.ring_value.gather(2, slots), value), 2)
+            key = torch.cat((cache.ring_key.gather(2, slots), key), dim=2)
+            value = torch.cat((cache.ring_value.gather(2, slots), value), dim=2)
         out, phi_key = self.continue_from(past, query, key, value)
         if self.features:
             real = (torch.arange(tokens, device=key.device) < lengths[:, None])[:, None, :, None]

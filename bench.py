@@ -15,6 +15,7 @@ import json
 import math
 import random
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +25,36 @@ from tqdm import tqdm
 
 from distill import C4, pack, read_documents
 from kernels import ROWS, by_rows, logit_kl
-from model import InputError, Model, Tokenizer, load_model, load_tokenizer, pick_device, pick_dtype
+from model import InputError, Model, Tokenizer, load_model, load_tokenizer
 
 RECALL_LENGTHS = (512, 1024, 2048)
 RECALL_DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+# --- this machine -----------------------------------------------------------------------------------------------------
+
+def pick_device(name: str | None) -> str:
+    """The device that was asked for, or the GPU when there is one. Raises InputError where torch has no such device."""
+    try:
+        torch.empty(0, device=name or "cpu")
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name}: torch has no such device here; use cpu, or cuda where there is a GPU") from None
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(device: str) -> str:
+    """bfloat16 on a GPU that has it, and on a CPU where a product of matrices is faster in it."""
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        times[dtype] = math.inf
+        for _ in range(5):
+            start = time.perf_counter()
+            a @ b
+            times[dtype] = min(times[dtype], time.perf_counter() - start)
+    return "bfloat16" if times[torch.bfloat16] < 0.8 * times[torch.float32] else "float32"
 
 
 # --- text --------------------------------------------------------------------------------------------------------
@@ -49,10 +76,10 @@ def text_quality(models: dict[str, Model], base: Model, sequences: Tensor, batch
 
 def compare_rows(hidden: Tensor, head: Tensor, base_hidden: Tensor, base_head: Tensor, ids: Tensor) -> Tensor:
     """One sequence [T]: its negative log-likelihood, KL(base || model), and equal top-1 tokens, summed over positions."""
-    following = torch.cat((ids[1:], ids.new_zeros(1)))          # nothing is known to follow the last one: it counts no likelihood
+    following = torch.cat((ids[1:], ids.new_zeros(1)))          # nothing is known to follow the last one
     figures = torch.cat([torch.stack(fused_comparison(h @ head.T, base @ base_head.T, after)) for h, base, after in
                          zip(hidden.split(ROWS), base_hidden.split(ROWS), following.split(ROWS))], dim=1)
-    figures[0, -1] = 0
+    figures[0, -1] = 0                                          # so it counts no likelihood
     return figures.double().sum(1).cpu()
 
 
@@ -75,7 +102,8 @@ class Scored:
 
 
 @torch.inference_mode()
-def score_answers(model: Model, prompts: list[tuple[list[int], list[int]]], desc: str = "", batch_tokens: int = 4096) -> list[Scored]:
+def score_answers(model: Model, prompts: list[tuple[list[int], list[int]]], desc: str = "",
+                  batch_tokens: int = 4096) -> list[Scored]:
     """One Scored for each (context ids, answer ids). Prompts of like length share a batch, padded on the right; logits are
     made at the answers' positions alone."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i][0]) - len(prompts[i][1]))
@@ -106,12 +134,13 @@ def score_hidden(hidden: Tensor, head: Tensor, answer: list[int]) -> Scored:
 # --- passkey recall ----------------------------------------------------------------------------------------------
 
 def passkey_prompts(tokenizer: Tokenizer, text: Tensor, length: int, depths=RECALL_DEPTHS, count: int = 4, seed: int = 0):
-    """[(depth, (context ids, answer ids))]: `count` prompts of `length` tokens for each depth (0 the start, 1 the end), each
-    hidden in another part of `text` (ids of any shape)."""
+    """[(depth, (context ids, answer ids))]: `count` prompts of `length` tokens for each depth (0 the start, 1 the end),
+    each hidden in another part of `text` (ids of any shape)."""
     draw = random.Random(f"{seed} {length}")
-    text = text.flatten()
+    text = text.flatten().repeat(1 + length // text.numel())            # a short text is told again
     encode = lambda text: tokenizer.encode(text, special=False)
-    head = tokenizer.prefix + encode("There is important information hidden in a lot of irrelevant text. Find it and remember it.\n")
+    head = tokenizer.prefix + encode("There is important information hidden in a lot of irrelevant text. "
+                                     "Find it and remember it.\n")
     question = encode("\nWhat is the pass key? The pass key is")
     prompts = []
     for depth in depths:
@@ -133,7 +162,8 @@ def passkey_recall(model: Model, tokenizer: Tokenizer, text: Tensor, lengths=REC
     for length in lengths:
         prompts = passkey_prompts(tokenizer, text, length, count=count)
         scored = score_answers(model, [prompt for _, prompt in prompts], f"passkey at {length}")
-        by_depth[str(length)] = {str(depth): mean(s.greedy for (d, _), s in zip(prompts, scored) if d == depth) for depth in RECALL_DEPTHS}
+        found = lambda depth: mean(s.greedy for (d, _), s in zip(prompts, scored) if d == depth)
+        by_depth[str(length)] = {str(depth): found(depth) for depth in RECALL_DEPTHS}
     return {"recall": {length: mean(row.values()) for length, row in by_depth.items()}, "recall_by_depth": by_depth}
 
 
@@ -153,7 +183,8 @@ def read_task(path: str, limit: int | None = None) -> list[dict]:
         except json.JSONDecodeError:
             item = {}
         if not any(keys <= set(item) for keys in formats):
-            raise InputError(f"--tasks {path}: line {number}: give query, choices, gold; context_options, continuation, gold; or context, continuation")
+            raise InputError(f"--tasks {path}: line {number}: give query, choices, gold; or context_options, continuation, "
+                             "gold; or context, continuation")
         items.append(item)
     if not items:
         raise InputError(f"--tasks {path}: is empty")
@@ -183,11 +214,12 @@ def task_accuracy(items: list[dict], scored: list[list[Scored]]) -> dict:
     best = lambda values: max(range(len(values)), key=values.__getitem__)
     figures: dict = {"items": len(items)}
     if "gold" not in items[0]:
-        return figures | {"accuracy": mean(s[0].greedy for s in scored), "perplexity": math.exp(-mean(s[0].log_likelihood for s in scored))}
+        perplexity = math.exp(-mean(answer.log_likelihood for answer, in scored))
+        return figures | {"accuracy": mean(answer.greedy for answer, in scored), "perplexity": perplexity}
     figures["accuracy"] = mean(best([c.log_likelihood for c in s]) == item["gold"] for item, s in zip(items, scored))
     if "choices" in items[0]:
-        figures["accuracy_norm"] = mean(best([c.log_likelihood / len(choice.encode()) for c, choice in zip(s, item["choices"])]) == item["gold"]
-                                        for item, s in zip(items, scored))
+        per_byte = lambda item, s: [c.log_likelihood / len(choice.encode()) for c, choice in zip(s, item["choices"])]
+        figures["accuracy_norm"] = mean(best(per_byte(item, s)) == item["gold"] for item, s in zip(items, scored))
     return figures
 
 
@@ -200,7 +232,8 @@ def task_quality(model: Model, tokenizer: Tokenizer, path: str, limit: int | Non
 
 def cache_bytes(model: Model, tokens: int) -> int:
     """What one sequence of this many tokens keeps in the cache."""
-    return sum(x.numel() * x.element_size() for layer in model.new_cache(1, tokens, "meta").layers if layer for x in vars(layer).values())
+    layers = model.new_cache(1, tokens, "meta").layers
+    return sum(x.numel() * x.element_size() for layer in layers if layer for x in vars(layer).values())
 
 
 def mean(values) -> float:
@@ -219,7 +252,8 @@ def evaluate(models: dict[str, Model], base: Model, tokenizer: Tokenizer, valid:
         report[name] |= figures
     for name, model in models.items():
         report[name]["cache_bytes_8k"] = cache_bytes(model, 8192)
-        report[name] |= passkey_recall(model, tokenizer, valid, [n for n in lengths if n <= model.config.max_position_embeddings])
+        reach = [length for length in lengths if length <= model.config.max_position_embeddings]
+        report[name] |= passkey_recall(model, tokenizer, valid, reach)
         report[name]["tasks"] = {Path(path).stem: task_quality(model, tokenizer, path, limit) for path in tasks}
     return report
 
@@ -229,35 +263,38 @@ def table(report: dict[str, dict]) -> list[list[str]]:
     rows: dict[str, dict[str, str]] = {}
     for name, figures in report.items():
         add = lambda label, value, form: rows.setdefault(label, {}).__setitem__(name, format(value, form))
-        for key, label, form in (("perplexity", "perplexity", ".2f"), ("kl", "KL to the base, nats/token", ".4f"), ("agreement", "top-1 agreement", ".1%")):
-            add(label, figures[key], form)
+        add("perplexity", figures["perplexity"], ".2f")
+        add("KL to the base, nats/token", figures["kl"], ".4f")
+        add("top-1 agreement", figures["agreement"], ".1%")
         add("cache at 8k tokens, MiB", figures["cache_bytes_8k"] / 2**20, ".1f")
         for length, share in figures["recall"].items():
             add(f"passkey recall at {length}", share, ".0%")
         for task, result in figures["tasks"].items():
-            for key in ("accuracy", "accuracy_norm", "perplexity"):
+            for key, label, form in (("accuracy", "accuracy", ".1%"), ("accuracy_norm", "accuracy, per byte", ".1%"),
+                                     ("perplexity", "perplexity", ".2f")):
                 if key in result:
-                    add(f"{task} {key.replace('_norm', ', per byte')} ({result['items']})", result[key], ".2f" if key == "perplexity" else ".1%")
+                    add(f"{task} {label} ({result['items']})", result[key], form)
     return [["", *report]] + [[label, *(values.get(name, "") for name in report)] for label, values in rows.items()]
 
 
 def format_table(rows: list[list[str]]) -> str:
     """Aligned for a terminal, and Markdown at the same time."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    line = lambda row: "| " + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) + " |"
-    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    line = lambda row: "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
     return "\n".join([line(rows[0]), rule, *map(line, rows[1:])])
 
 
 def quality(args) -> dict:
-    """The `quality` command: {base, model: figures}, printed as a table. The text is the first `--sequences` of 1,024 tokens."""
+    """The `quality` command: {base, model: figures}, printed as a table."""
     device = pick_device(args.device)
     dtype = getattr(torch, args.dtype or pick_dtype(device))
     load = lambda name: load_model(name, dtype=dtype, device=device)
     model, tokenizer = load(args.model), load_tokenizer(args.model)
     base = load(args.base) if args.base else model
     if base.config.vocab_size != model.config.vocab_size:
-        raise InputError(f"--base {args.base}: has {base.config.vocab_size} tokens, --model {args.model} {model.config.vocab_size}; compare a model with its own original")
+        raise InputError(f"--base {args.base}: has a vocabulary of {base.config.vocab_size}, --model {args.model} one of "
+                         f"{model.config.vocab_size}; compare a model with its own original")
     valid = pack(read_documents(args.valid, "--valid"), tokenizer, model.config.eos_token_ids, 1024, args.sequences * 1024)
     if not len(valid):
         raise InputError(f"--valid {args.valid}: too little text; 1024 tokens are needed at least")
@@ -273,7 +310,7 @@ def main(argv=None) -> int:
     add = commands.add_parser("quality", help="text, tasks and passkey recall, side by side").add_argument
     add("--model", required=True, help="a folder or Hub id")
     add("--base", help="the original to compare with")
-    add("--valid", default=C4, help="validation text: a .txt, .jsonl, .jsonl.gz, folder or hub:DATASET/FILE [one shard of C4]")
+    add("--valid", default=C4, help="a .txt, .jsonl, .jsonl.gz, folder or hub:DATASET/FILE [one shard of C4]")
     add("--sequences", type=int, default=32, help="how many sequences of 1,024 tokens of it [32]")
     add("--tasks", nargs="+", default=[], help="question files")
     add("--limit", type=int, help="only the first items of each")

@@ -4,7 +4,7 @@ The teacher is the original model. The student is the same weights under a plan 
 low-rank adapters on every linear layer, so one copy of the weights serves both. Two stages share the token budget:
 
 1. attention transfer: each L layer reads what the teacher's layer reads, and its feature map and tail logit learn to give
-   what the teacher's attention gives: mean |student - teacher|^2 / mean |teacher|^2 (LoLCATs, arXiv 2410.10254, section 3.2).
+   what the teacher's attention gives: mean |student - teacher|^2 / mean |teacher|^2 (LoLCATs, arXiv 2410.10254, 3.2).
    The layers are independent, so each one's gradient is taken at once and nothing is kept.
 2. distillation: KL(teacher || student) on the next-token distribution (arXiv 1503.02531), training the adapters
    (LoRA, arXiv 2106.09685: W x + 2 B A x, with B started at zero) and the tails.
@@ -48,7 +48,8 @@ def read_documents(source: str, flag: str = "--data"):
         owner, dataset, file = (source[4:].split("/", 2) + ["", ""])[:3]
         if not file:
             raise InputError(f"{flag} {source}: give hub:OWNER/DATASET/FILE")
-        source = from_hub(hf_hub_download, f"{flag} {source}", repo_id=f"{owner}/{dataset}", filename=file, repo_type="dataset")
+        source = from_hub(hf_hub_download, f"{flag} {source}", repo_id=f"{owner}/{dataset}", filename=file,
+                          repo_type="dataset")
     path = Path(source)
     files = sorted(f for f in path.rglob("*") if f.name.endswith(TEXT_SUFFIXES)) if path.is_dir() else [path]
     if not path.exists() or not files:
@@ -72,7 +73,8 @@ def pack(documents, tokenizer: Tokenizer, eos: tuple[int, ...], context: int, to
     `tokens` tokens in all (rounded up to whole sequences). What is left of the last document is dropped."""
     wanted = math.inf if tokens is None else -(-tokens // context) * context
     ids: list[int] = []
-    with tqdm(total=None if tokens is None else wanted, desc="reading text", unit="tok", unit_scale=True, leave=False) as bar:
+    total = None if tokens is None else wanted
+    with tqdm(total=total, desc="reading text", unit="tok", unit_scale=True, leave=False) as bar:
         for text in documents:
             before = len(ids)
             ids += tokenizer.encode(text) + list(eos[:1])
@@ -143,13 +145,14 @@ class Healing:
     def __post_init__(self):
         self.steps = self.tokens // (self.batch * self.context)
         if not self.steps:
-            raise InputError(f"--tokens {self.tokens}: one step takes {self.batch * self.context:,} tokens; give at least as many")
+            raise InputError(f"--tokens {self.tokens}: a step takes {self.batch * self.context:,}; give at least as many")
         self.transfer_steps = round(self.transfer_share * self.steps)
 
     def learning_rate(self, step: int) -> float:
         """Each stage warms up over its first twentieth and falls to zero along a cosine."""
-        transfer = step < self.transfer_steps
-        first, last, peak = (0, self.transfer_steps, self.transfer_lr) if transfer else (self.transfer_steps, self.steps, self.lr)
+        first, last, peak = self.transfer_steps, self.steps, self.lr
+        if step < self.transfer_steps:
+            first, last, peak = 0, self.transfer_steps, self.transfer_lr
         done, warm_up = step - first, max(1, (last - first) // 20)
         cosine = 0.5 * (1 + math.cos(math.pi * done / (last - first)))
         return peak * min(1.0, (done + 1) / warm_up) * cosine
@@ -160,9 +163,10 @@ class Healing:
 
     def sequences(self, step: int, count: int) -> Tensor:
         """Which of `count` sequences step reads: passes over all of them, each in an order of its own."""
-        index = torch.arange(step * self.batch, (step + 1) * self.batch)
-        passes = {int(p): torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + int(p))) for p in set((index // count).tolist())}
-        return torch.stack([passes[int(i) // count][int(i) % count] for i in index])
+        order = lambda i: torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + i))
+        positions = range(step * self.batch, (step + 1) * self.batch)
+        passes = {i // count: order(i // count) for i in positions}
+        return torch.stack([passes[i // count][i % count] for i in positions])
 
 
 def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings: Healing, checkpoint: Path,
@@ -183,7 +187,8 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
             setattr(student.get_submodule(parent), leaf, nn.Parameter(parameter.detach().clone()))
     else:
         add_adapters(student, settings.rank, settings.seed)
-    trained = {name: p for name, p in student.named_parameters() if settings.full and "_map" not in name or name in tails or name.endswith((".A", ".B"))}
+    learns = lambda name: name in tails or name.endswith((".A", ".B")) or settings.full and not name.endswith("_map")
+    trained = {name: parameter for name, parameter in student.named_parameters() if learns(name)}
     student.requires_grad_(False)
     for parameter in trained.values():
         parameter.requires_grad_(True)
@@ -194,7 +199,8 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
     targets = [(ids, teacher.hidden(ids)) for ids in valid.to(teacher.device).split(settings.batch)]
     tokens_a_step = settings.batch * settings.context
     stop, saved = Interrupt(), time.monotonic()
-    with stop, tqdm(total=settings.steps * tokens_a_step, initial=step * tokens_a_step, desc="healing", unit="tok", unit_scale=True) as bar:
+    tokens = {"total": settings.steps * tokens_a_step, "initial": step * tokens_a_step}
+    with stop, tqdm(**tokens, desc="healing", unit="tok", unit_scale=True) as bar:
         while True:
             if settings.validates(step) and len(curve["valid"]) < sum(map(settings.validates, range(step + 1))):
                 curve["valid"].append([step * tokens_a_step, validation_kl(student, teacher.head, targets)])
@@ -254,8 +260,9 @@ def distillation(teacher: Model, student: Model, ids: Tensor) -> float:
 @torch.no_grad()
 def validation_kl(student: Model, teacher_head: Tensor, targets: list[tuple[Tensor, Tensor]]) -> float:
     """KL per token over pairs of ids [B, T] and the teacher's hidden states [B, T, hidden_size]."""
-    kl = [sliced_kl(student.hidden(ids).flatten(0, 1), target.flatten(0, 1), student.head, teacher_head) * ids.numel() for ids, target in targets]
-    return float(sum(kl)) / sum(ids.numel() for ids, _ in targets)
+    total = sum(sliced_kl(student.hidden(ids).flatten(0, 1), target.flatten(0, 1), student.head, teacher_head) * ids.numel()
+                for ids, target in targets)
+    return float(total) / sum(ids.numel() for ids, _ in targets)
 
 
 class Optimizer:
@@ -264,7 +271,8 @@ class Optimizer:
 
     def __init__(self, trained: dict[str, nn.Parameter]):
         self.trained = trained
-        self.masters = {name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in trained.items()}
+        self.masters = {name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
+                        for name, p in trained.items()}
         self.adam = torch.optim.AdamW(self.masters.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
 
     def step(self, learning_rate: float) -> None:
@@ -299,13 +307,13 @@ class Optimizer:
             made_with = json.loads(metadata["identity"])
             for key in identity:
                 if made_with.get(key) != identity[key]:
-                    raise InputError(f"{path}: was made with {key} = {made_with.get(key)}, not {identity[key]}; repeat that command "
-                                     "to go on, or give another --out, or delete the file")
+                    raise InputError(f"{path}: was made with {key} = {made_with.get(key)}, not {identity[key]}; repeat that "
+                                     "command to go on, or give another --out, or delete the file")
             for name, master in self.masters.items():
                 master.copy_(file.get_tensor(name))
-                state = {key: f"{name}/{key}" for key in ("step", "exp_avg", "exp_avg_sq")}
-                if state["step"] in stored:
-                    self.adam.state[master] = {key: file.get_tensor(at).to("cpu" if key == "step" else master.device) for key, at in state.items()}
+                if f"{name}/step" in stored:                    # a parameter that has been stepped; its count stays on the CPU
+                    moments = {key: file.get_tensor(f"{name}/{key}").to(master.device) for key in ("exp_avg", "exp_avg_sq")}
+                    self.adam.state[master] = {"step": file.get_tensor(f"{name}/step"), **moments}
         self.publish()
         return int(metadata["step"]), json.loads(metadata["curve"])
 

@@ -13,6 +13,7 @@ softmax (S) where the damage is worst. Healing distils the original back into th
 import argparse
 import codecs
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -24,16 +25,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench import RECALL_LENGTHS, cache_bytes, evaluate, format_table, passkey_prompts, read_task, score_hidden, table, task_accuracy, task_prompts
+from bench import (RECALL_LENGTHS, cache_bytes, evaluate, format_table, mean, passkey_prompts, pick_device, pick_dtype,
+                   read_task, score_hidden, table, task_accuracy, task_prompts)
 from distill import C4, Diverged, Healing, heal, pack, read_documents
 from kernels import ROWS, fused_kl
-from model import (InputError, Model, Tokenizer, convert, find_model, load_model, load_tokenizer, parse_plan, pick_device,
-                   pick_dtype, read_json, save_model, write_file)
+from model import (InputError, Model, Tokenizer, convert, find_model, load_model, load_tokenizer, parse_plan, read_json,
+                   save_model, write_file)
 
 CONTEXT = 1024                                      # tokens a sequence in healing and evaluation
 SCAN_CONTEXT, SCAN_SEQUENCES = 2048, 4              # calibration text of the kl measure
 SCAN_RECALL = {512: 4, 1024: 2, 2048: 1}            # prompts by context length of the recall measure
 SCAN_TASK_ITEMS = 100                               # of the first task file, for the task measure
+MEASURES = ("kl", "recall", "task")
 VALID_SEQUENCES = 32                                # of CONTEXT tokens, for the report; healing watches the first 8
 
 
@@ -43,16 +46,21 @@ VALID_SEQUENCES = 32                                # of CONTEXT tokens, for the
 # them to {column: damage against the base, 0 for none}.
 
 def kl_probe(model: Model, sequences: Tensor):
-    """Mean KL(base || altered) in nats a token; columns besides: either half of the text, and early and late positions."""
+    """Mean KL(base || altered) in nats a token; columns besides: either half of the text, and early and late positions.
+
+    Measured at every second position, since the head costs a third of all layers. The base's logits are kept: 0.4 GB for
+    a vocabulary of 49k.
+    """
     batches = list(sequences.to(model.device).split(2))
-    sampled = lambda hidden: hidden[:, ::2].flatten(0, 1).split(ROWS)           # every second position: the head costs as much as the layers
-    base = [[p @ model.head.T for p in sampled(model.hidden(ids))] for ids in batches]          # kept: 0.4 GB for a vocabulary of 49k
+    sampled = lambda hidden: hidden[:, ::2].flatten(0, 1).split(ROWS)
+    base = [[rows @ model.head.T for rows in sampled(model.hidden(ids))] for ids in batches]
 
     def damage(hiddens: list[Tensor]) -> dict[str, float]:
-        rows = [fused_kl(q @ model.head.T, logits) for kept, hidden in zip(base, hiddens) for logits, q in zip(kept, sampled(hidden))]
-        kl = torch.cat(rows).view(len(sequences), -1)                                           # (sequences, T / 2)
+        kl = torch.cat([fused_kl(rows @ model.head.T, logits) for kept, hidden in zip(base, hiddens)
+                        for logits, rows in zip(kept, sampled(hidden))]).view(len(sequences), -1)   # (sequences, T / 2)
         half, quarter = len(kl) // 2, kl.shape[1] // 4
-        columns = {"kl": kl, f"kl, tokens to {2 * quarter}": kl[:, :quarter], f"kl, tokens from {4 * quarter}": kl[:, 2 * quarter:]}
+        columns = {"kl": kl, f"kl, tokens to {2 * quarter}": kl[:, :quarter],
+                   f"kl, tokens from {4 * quarter}": kl[:, 2 * quarter:]}
         if half:
             columns |= {"kl, text 1": kl[:half], "kl, text 2": kl[half:]}
         return {name: float(values.mean()) for name, values in columns.items()}
@@ -60,20 +68,24 @@ def kl_probe(model: Model, sequences: Tensor):
 
 
 def recall_probe(model: Model, tokenizer: Tokenizer, text: Tensor):
-    """The drop in the log-probability of a passkey hidden in long text, in nats a passkey; a column for each context length."""
-    prompts = {length: [p for _, p in passkey_prompts(tokenizer, text, length, [(i + 0.5) / count for i in range(count)], 1, seed=1)]
-               for length, count in SCAN_RECALL.items() if length <= model.config.max_position_embeddings}
+    """The drop in the log-probability of a passkey hidden in long text, in nats a passkey; a column besides for each
+    context length."""
+    prompts = {}                                                                # length: [(context ids, answer ids)]
+    for length, count in SCAN_RECALL.items():
+        if length <= model.config.max_position_embeddings:
+            depths = [(i + 0.5) / count for i in range(count)]
+            prompts[length] = [p for _, p in passkey_prompts(tokenizer, text, length, depths, 1, seed=1)]
     batches = [torch.tensor([context + answer for context, answer in group]).to(model.device) for group in prompts.values()]
 
     def log_probabilities(hiddens: list[Tensor]) -> list[list[float]]:
-        return [[score_hidden(row[len(context) - 1:-1], model.head, answer).log_likelihood for row, (context, answer) in zip(hidden, group)]
-                for hidden, group in zip(hiddens, prompts.values())]
+        return [[score_hidden(row[len(context) - 1:-1], model.head, answer).log_likelihood
+                 for row, (context, answer) in zip(hidden, group)] for hidden, group in zip(hiddens, prompts.values())]
     base = log_probabilities([model.hidden(ids) for ids in batches])
 
     def damage(hiddens: list[Tensor]) -> dict[str, float]:
         drops = [[b - a for b, a in zip(*pair)] for pair in zip(base, log_probabilities(hiddens))]
-        every = [drop for group in drops for drop in group]
-        return {"recall": sum(every) / len(every), **{f"recall at {length}": sum(group) / len(group) for length, group in zip(prompts, drops)}}
+        columns = {f"recall at {length}": mean(group) for length, group in zip(prompts, drops)}
+        return {"recall": mean(drop for group in drops for drop in group), **columns}
     return batches, damage
 
 
@@ -81,7 +93,8 @@ def task_probe(model: Model, tokenizer: Tokenizer, path: str):
     """The drop in accuracy on a task file, which is what the paper calls benchmark degradation."""
     items = read_task(path, SCAN_TASK_ITEMS)
     prompts = [task_prompts(item, tokenizer) for item in items]
-    batches = [torch.nn.utils.rnn.pad_sequence([torch.tensor(c + a) for c, a in group], batch_first=True).to(model.device) for group in prompts]
+    pad = torch.nn.utils.rnn.pad_sequence
+    batches = [pad([torch.tensor(c + a) for c, a in group], batch_first=True).to(model.device) for group in prompts]
 
     def accuracy(hiddens: list[Tensor]) -> float:
         scored = [[score_hidden(row[len(c) - 1:len(c) + len(a) - 1], model.head, a) for row, (c, a) in zip(hidden, group)]
@@ -92,7 +105,8 @@ def task_probe(model: Model, tokenizer: Tokenizer, path: str):
 
 
 @torch.inference_mode()
-def make_probes(model: Model, tokenizer: Tokenizer, measures: list[str], calibration: Tensor, text: Tensor, tasks: list[str]) -> list:
+def make_probes(model: Model, tokenizer: Tokenizer, measures: list[str], calibration: Tensor, text: Tensor,
+                tasks: list[str]) -> list:
     make = {"kl": lambda: kl_probe(model, calibration), "recall": lambda: recall_probe(model, tokenizer, text),
             "task": lambda: task_probe(model, tokenizer, tasks[0])}
     return [make[name]() for name in measures]
@@ -115,9 +129,10 @@ def scan(model: Model, probes: list, tiers: dict, path: Path, identity: dict, la
             for tier in "XL":
                 columns: dict = {}
                 for (_, damage), stream in zip(probes, streams):
-                    columns |= damage([model.norm(model.run_layers(altered[tier].run_layers(x, i, i + 1), i + 1, n)) for x in stream])
+                    changed = [altered[tier].run_layers(x, i, i + 1) for x in stream]
+                    columns |= damage([model.norm(model.run_layers(x, i + 1, n)) for x in changed])
                 layers[i][tier] = columns
-                bar.set_postfix_str(f"layer {i} {tier} " + " ".join(f"{k} {v:.3f}" for k, v in columns.items() if k in ("kl", "recall", "task")))
+                bar.set_postfix_str(f"layer {i} {tier} " + " ".join(f"{k} {columns[k]:.3f}" for k in MEASURES if k in columns))
                 bar.update()
             streams = [[model.run_layers(x, i, i + 1) for x in stream] for stream in streams]
             write_file(path, lambda p: p.write_text(json.dumps({"identity": identity, "layers": layers}, indent=1)))
@@ -140,9 +155,9 @@ def check_scan(path: Path, identity: dict, measures: list[str], n: int) -> list[
     for key, value in identity.items():
         if made["identity"].get(key) != value:
             raise InputError(f"{path}: was measured with {key} {made['identity'].get(key)}, this run has {value}; {again}")
-    columns = {m for m in ("kl", "recall", "task") if m in made["layers"][0]["X"]}
-    if not set(measures) <= columns or len(made["layers"]) < n and set(measures) != columns:
-        raise InputError(f"{path}: was measured with --measure {'+'.join(sorted(columns))}, this run has {'+'.join(measures)}; {again}")
+    columns = [m for m in MEASURES if m in made["layers"][0]["X"]]
+    if not set(measures) <= set(columns) or len(made["layers"]) < n and set(measures) != set(columns):
+        raise InputError(f"{path}: was measured with --measure {'+'.join(columns)}, this run has {'+'.join(measures)}; {again}")
     return made["layers"]
 
 
@@ -207,19 +222,22 @@ def chart(layers: list[dict], measures: list[str], plan: str) -> str:
         return ("█" * int(length)).ljust(24)
     lines = [f"damage of changing one layer alone, {' + '.join(measures)} (logarithmic bars, {low:g} to {high:.2g})",
              "layer  attention removed (X)              window and linear tail (L)         plan"]
-    lines += [f"{i:5}  {bar(c['X'])} {c['X']:8.4f}  {bar(c['L'])} {c['L']:8.4f}  {tier}" for i, (c, tier) in enumerate(zip(costs, plan))]
+    for i, (cost, tier) in enumerate(zip(costs, plan)):
+        lines.append(f"{i:5}  {bar(cost['X'])} {cost['X']:8.4f}  {bar(cost['L'])} {cost['L']:8.4f}  {tier}")
     return "\n".join(lines)
 
 
 def agreement_lines(layers: list[dict]) -> list[str]:
     """How well two rankings of the layers agree, where the scan measured both (Spearman: 1 the same order, 0 unrelated)."""
-    column = lambda tier, name: [row[tier][name] for row in layers]
     names = layers[0]["X"]
-    kinds = {kind: [n for n in names if n.startswith(kind)] for kind in ("kl, text", "kl, tokens", "recall at")}
-    pairs = [(a, b) for a, b in (("kl", "recall"), ("kl", "task"), ("recall", "task")) if a in names and b in names]
-    pairs += [(group[0], group[-1]) for group in kinds.values() if len(group) > 1]
-    lines = [f"  {a} against {b}: {spearman(column('X', a), column('X', b)):.2f} (X), {spearman(column('L', a), column('L', b)):.2f} (L)" for a, b in pairs]
-    return lines + [f"  X against L by {name}: {spearman(column('X', name), column('L', name)):.2f}" for name in ("kl", "recall", "task") if name in names]
+    measured = [name for name in MEASURES if name in names]
+    pairs = list(itertools.combinations(measured, 2))
+    for kind in ("kl, text", "kl, tokens", "recall at"):                        # two texts, early and late, short and long
+        group = [name for name in names if name.startswith(kind)]
+        pairs += [(group[0], group[-1])] if len(group) > 1 else []
+    agree = lambda a, b: spearman(*([row[tier][name] for row in layers] for tier, name in (a, b)))
+    lines = [f"  {a} against {b}: {agree(('X', a), ('X', b)):.2f} (X), {agree(('L', a), ('L', b)):.2f} (L)" for a, b in pairs]
+    return lines + [f"  X against L by {name}: {agree(('X', name), ('L', name)):.2f}" for name in measured]
 
 
 def spearman(a: list[float], b: list[float]) -> float:
@@ -258,7 +276,8 @@ def generate_text(model: Model, tokenizer: Tokenizer, args) -> None:
         if int(token) not in model.config.eos_token_ids:
             print(decoder.decode(tokenizer.decode_bytes([int(token)])), end="", flush=True)
     print(args.prompt, end="", flush=True)
-    model.generate(torch.tensor([ids], device=model.device), args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, on_token=show)
+    model.generate(torch.tensor([ids], device=model.device), args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+                   args.seed, on_token=show)
     print(decoder.decode(b"", final=True))
 
 
@@ -267,47 +286,31 @@ def generate_text(model: Model, tokenizer: Tokenizer, args) -> None:
 def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     """Scan, plan, convert, heal, evaluate, report and save: all into args.out."""
     out, n = Path(args.out), len(model.layers)
-    if set(model.plan) != {"S"}:
-        raise InputError(f"--model {args.model}: is converted already (plan {model.plan}); start from the original, or give --prompt, or measure it with bench.py")
-    keep = round(n / 3) if args.keep is None else args.keep
-    drop = round(n / 5) if args.drop is None else args.drop
-    if keep < 0 or drop < 0 or keep + drop > n:
-        raise InputError(f"--keep {keep} --drop {drop}: the model has {n} layers; give two numbers of layers, together at most {n}")
-    measures = args.measure.split("+")
-    if set(measures) - {"kl", "recall", "task"}:
-        raise InputError(f"--measure {args.measure}: give kl, recall, task, or several joined with +")
-    if "task" in measures and not args.tasks:
-        raise InputError("--measure task: needs a multiple-choice file; give --tasks FILE")
-    tiers = {"window": args.window, "sinks": args.sinks, "feature_map": args.feature_map}
-    plan = args.plan and parse_plan(args.plan, n)
-    convert(model, plan or "L" * n, **tiers)                                    # bad settings stop here, before any work
-    settings = Healing(args.tokens, rank=args.rank, full=args.full, lr=args.lr, seed=args.seed,
-                       context=min(CONTEXT, model.config.max_position_embeddings))
-    for path in args.tasks:
-        read_task(path)
-
+    settings, measures, tiers, plan = check_arguments(model, args)
     train, valid = read_text(args, tokenizer, model, settings)
-    scan_file, weights = Path(args.scan or out / "scan.json"), fingerprint(*model.parameters())
     calibration = calibration_text(train, min(SCAN_CONTEXT, model.config.max_position_embeddings))
-    identity = {"model": weights, "data": fingerprint(calibration), **tiers, "dtype": args.dtype}
-    if args.scan and not scan_file.exists():
-        raise InputError(f"--scan {args.scan}: no such file")
+    identity = {"model": fingerprint(*model.parameters()), "data": fingerprint(calibration), **tiers, "dtype": args.dtype}
+    scan_file = Path(args.scan or out / "scan.json")
     layers = check_scan(scan_file, identity, measures, n) if scan_file.exists() else []
-    announce(model, args, settings, calibration, keep, drop, plan, len(layers))
+    announce(model, args, settings, calibration, plan, len(layers))
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     model.compiled_shapes |= {(2, calibration.shape[1]), (settings.batch, settings.context)}
 
     if plan is None:
-        print(f"\nScan: one layer at a time, from layer {len(layers)} on." if len(layers) < n else f"\nScan: read from {scan_file}.")
-        probes = make_probes(model, tokenizer, measures, calibration, train, args.tasks) if len(layers) < n or args.planner == "greedy" else []
-        if len(layers) < n:
+        whole = len(layers) == n
+        print(f"\nScan: read from {scan_file}." if whole else f"\nScan: one layer at a time, from layer {len(layers)} on.")
+        probes = []
+        if not whole or args.planner == "greedy":
+            probes = make_probes(model, tokenizer, measures, calibration, train, args.tasks)
+        if not whole:
             layers = scan(model, probes, tiers, scan_file, identity, layers)
         costs = costs_of(layers, measures)
         if args.planner == "greedy":
-            plan = plan_greedy(costs, keep, drop, lambda trial: sum(measure_plan(model, probes, tiers, trial)[m] for m in measures))
+            measure = lambda trial: sum(measure_plan(model, probes, tiers, trial)[m] for m in measures)
+            plan = plan_greedy(costs, args.keep, args.drop, measure)
         else:
-            plan = {"paper": plan_paper, "tier": plan_tier}[args.planner](costs, keep, drop)
+            plan = {"paper": plan_paper, "tier": plan_tier}[args.planner](costs, args.keep, args.drop)
     if len(layers) == n:
         print(chart(layers, measures, plan))
         print("rankings of the layers compared (Spearman: 1 the same order, 0 unrelated):", *agreement_lines(layers), sep="\n")
@@ -316,18 +319,50 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
         expected = {m: sum(row[tier][m] for row, tier in zip(layers, plan) if tier != "S") for m in measures}
         print("  predicted before healing, as the sum over its layers: " + ", ".join(f"{m} {v:.3f}" for m, v in expected.items()))
     student = convert(model, plan, **tiers)
-    print(f"  {plan.count('S')} softmax, {plan.count('L')} sliding-window linear, {plan.count('X')} removed; cache of a sequence at 8k tokens "
-          f"{cache_bytes(student, 8192) / 2**20:.1f} MiB, was {cache_bytes(model, 8192) / 2**20:.1f} MiB")
+    print(f"  {plan.count('S')} softmax, {plan.count('L')} sliding-window linear, {plan.count('X')} removed; cache of a sequence at 8k "
+          f"tokens {cache_bytes(student, 8192) / 2**20:.1f} MiB, was {cache_bytes(model, 8192) / 2**20:.1f} MiB")
 
-    print(f"\nHeal: {args.tokens:,} tokens, {settings.transfer_steps} steps of attention transfer, then {settings.steps - settings.transfer_steps} of KL distillation.")
+    print(f"\nHeal: {args.tokens:,} tokens, {settings.transfer_steps} steps of attention transfer, then "
+          f"{settings.steps - settings.transfer_steps} of KL distillation.")
     converted = convert(model, plan, **tiers)               # keeps untrained tails of its own; the student's are trained
-    healing_identity = {"model": weights, "plan": plan, **tiers, "dtype": args.dtype, "data": fingerprint(train)}
-    curve = heal(model, student, train, valid[:8], settings, out / "healing.safetensors", healing_identity)
+    curve = heal(model, student, train, valid[:8], settings, out / "healing.safetensors",
+                 identity | {"plan": plan, "data": fingerprint(train)})
     save_model(student, out, source)
 
     print("\nEvaluate: the untouched, the converted and the healed model on the same text and questions.")
-    report = evaluate({"base": model, "converted": converted, "healed": student}, model, tokenizer, valid, args.tasks, args.limit)
-    write_report(out, report, curve, settings, args, measures, layers, time.monotonic() - started)
+    models = {"base": model, "converted": converted, "healed": student}
+    report = evaluate(models, model, tokenizer, valid, args.tasks, args.limit)
+    write_report(out, report, curve, settings, args, layers, time.monotonic() - started)
+
+
+def check_arguments(model: Model, args) -> tuple[Healing, list[str], dict, str | None]:
+    """Settings of the healing, measures, tier settings, and the plan if one is stated: all that is wrong with the flags
+    stops here, before any work."""
+    n = len(model.layers)
+    if set(model.plan) != {"S"}:
+        raise InputError(f"--model {args.model}: is converted already (plan {model.plan}); start from the original, or give "
+                         "--prompt, or measure it with bench.py")
+    args.keep = round(n / 3) if args.keep is None else args.keep
+    args.drop = round(n / 5) if args.drop is None else args.drop
+    if args.keep < 0 or args.drop < 0 or args.keep + args.drop > n:
+        raise InputError(f"--keep {args.keep} --drop {args.drop}: the model has {n} layers; give two numbers, together at most {n}")
+    measures = args.measure.split("+")
+    if set(measures) - set(MEASURES):
+        raise InputError(f"--measure {args.measure}: give kl, recall, task, or several joined with +")
+    if "task" in measures and not args.tasks:
+        raise InputError("--measure task: needs a question file; give --tasks FILE")
+    for path in args.tasks:
+        read_task(path)
+    if args.scan and not Path(args.scan).exists():
+        raise InputError(f"--scan {args.scan}: no such file")
+    tiers = {"window": args.window, "sinks": args.sinks, "feature_map": args.feature_map}
+    plan = args.plan and parse_plan(args.plan, n)
+    convert(model, plan or "L" * n, **tiers)                # raises for settings that do not fit together
+    if args.rank < 1 or not args.lr > 0:
+        raise InputError(f"--rank {args.rank} --lr {args.lr:g}: give a rank of 1 or more and a rate above 0")
+    context = min(CONTEXT, model.config.max_position_embeddings)
+    settings = Healing(args.tokens, rank=args.rank, full=args.full, lr=args.lr, seed=args.seed, context=context)
+    return settings, measures, tiers, plan
 
 
 def read_text(args, tokenizer: Tokenizer, model: Model, settings: Healing) -> tuple[Tensor, Tensor]:
@@ -357,81 +392,92 @@ def calibration_text(train: Tensor, context: int) -> Tensor:
     return tokens[:min(SCAN_SEQUENCES, len(tokens) // context) * context].view(-1, context)
 
 
-def announce(model: Model, args, settings: Healing, calibration: Tensor, keep: int, drop: int, plan: str | None, scanned: int) -> None:
+def announce(model: Model, args, settings: Healing, calibration: Tensor, plan: str | None, scanned: int) -> None:
     """What is going to happen, and about how long it takes here, from a short measurement."""
     rate, n = forward_rate(model), len(model.layers)
-    recall = sum(length * count for length, count in SCAN_RECALL.items()) if "recall" in args.measure else 0
-    tokens = (calibration.numel() if "kl" in args.measure else 0) + recall
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{args.model}: {n} layers, {parameters:.1f}M parameters, {args.dtype} on {args.device}; a forward pass runs at {rate:,.0f} tokens/s here")
+    tokens = calibration.numel() if "kl" in args.measure else 0
+    tokens += sum(length * count for length, count in SCAN_RECALL.items()) if "recall" in args.measure else 0
+    passes = sum(2 * (n - i) / n for i in range(scanned, n)) + 2 if scanned < n else 0      # over all layers
+    evaluated = VALID_SEQUENCES * settings.context + 20 * sum(RECALL_LENGTHS)
+    print(f"{args.model}: {n} layers, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {args.dtype} on "
+          f"{args.device}; a forward pass runs at {rate:,.0f} tokens/s here")
     if plan is None:
-        left = sum(2 * (n - i) / n for i in range(scanned, n)) + 2 if scanned < n else 0        # passes of all layers
-        print(f"1. scan      {2 * (n - scanned)} trials on {tokens:,} tokens, then a plan that keeps {keep} layers, drops {drop}   about {clock(tokens * left / rate)}")
+        print(f"1. scan      {2 * (n - scanned)} trials on {tokens:,} tokens, then a plan that keeps {args.keep} layers, drops "
+              f"{args.drop}   about {clock(tokens * passes / rate)}")
     else:
         print(f"1. plan      {plan}, as given")
     print(f"2. heal      {args.tokens:,} tokens   about {clock(args.tokens * 5 / rate)}")
-    print(f"3. evaluate  base, converted, healed   about {clock(3 * (VALID_SEQUENCES * settings.context + 20 * sum(RECALL_LENGTHS)) / rate)} and the task files")
+    print(f"3. evaluate  base, converted, healed   about {clock(3 * evaluated / rate)} and the task files")
     print(f"Everything goes to {args.out}. Ctrl-C is safe: the same command goes on where it stopped.", flush=True)
 
 
-def write_report(out: Path, report: dict, curve: dict, settings: Healing, args, measures, layers, seconds: float) -> None:
+def write_report(out: Path, report: dict, curve: dict, settings: Healing, args, layers: list[dict], seconds: float) -> None:
     """report.json and report.md, and the same on the terminal."""
     healed, converted = report["healed"], report["converted"]
     plan = healed["plan"]
-    lines = [f"# {Path(args.model).name}, boosted", "",
-             f"Plan `{plan}`: of {len(plan)} layers, {plan.count('S')} keep softmax attention (S), {plan.count('L')} see a window of {args.window} tokens, the "
-             f"first {args.sinks} and a linear-attention summary of the rest (L), {plan.count('X')} have no attention (X). Healed on {args.tokens:,} tokens.", "",
-             format_table(table(report)), "",
-             "KL is how far the next-token distribution is from the base model's, top-1 agreement how often both name the same token; "
-             "passkey recall is how often a number hidden in a text of that many tokens is repeated. `converted` is before healing.", "",
-             "Validation KL while healing: " + ", ".join(f"{kl:.3f} at {tokens:,}" for tokens, kl in curve["valid"]) + ".", "",
-             f"KL {converted['kl']:.4f} -> {healed['kl']:.4f}, agreement {converted['agreement']:.1%} -> {healed['agreement']:.1%}; {clock(seconds)} in all."]
-    body = {**report, "plan": plan, "healing": {"settings": asdict(settings), **curve}, "measures": measures, "scan": layers,
-            "command": {k: v for k, v in vars(args).items()}, "seconds": round(seconds, 1)}
-    write_file(out / "report.json", lambda p: p.write_text(json.dumps(body, indent=1)))
-    write_file(out / "report.md", lambda p: p.write_text("\n".join(lines) + "\n"))
+    lines = [
+        f"# {Path(args.model).name}, boosted", "",
+        f"Plan `{plan}`: of {len(plan)} layers, {plan.count('S')} keep softmax attention (S), {plan.count('L')} see a window of "
+        f"{args.window} tokens, the first {args.sinks} and a linear-attention summary of the rest (L), {plan.count('X')} have no "
+        f"attention (X). Healed on {args.tokens:,} tokens.", "",
+        format_table(table(report)), "",
+        "KL is how far the next-token distribution is from the base model's, top-1 agreement how often both name the same token; "
+        "passkey recall is how often a number hidden in a text of that many tokens is repeated. `converted` is before healing.", "",
+        "Validation KL while healing: " + ", ".join(f"{kl:.3f} at {tokens:,}" for tokens, kl in curve["valid"]) + ".", "",
+        f"KL {converted['kl']:.4f} -> {healed['kl']:.4f}, agreement {converted['agreement']:.1%} -> {healed['agreement']:.1%}; "
+        f"{clock(seconds)} in all."]
+    body = {**report, "plan": plan, "healing": {"settings": asdict(settings), **curve}, "scan": layers, "command": vars(args),
+            "seconds": round(seconds, 1)}
+    write_file(out / "report.json", lambda path: path.write_text(json.dumps(body, indent=1)))
+    write_file(out / "report.md", lambda path: path.write_text("\n".join(lines) + "\n"))
     print("\n" + "\n".join(lines))
     print(f'\nSaved to {out}. Try: python layerboost.py --model {out} --prompt "The capital of France is"')
 
 
 def token_count(text: str) -> int:
     """200k, 10M or a plain number."""
+    scale = {"k": 1e3, "m": 1e6}.get(text[-1:].lower())
     try:
-        return int(float(text[:-1]) * {"k": 1e3, "K": 1e3, "m": 1e6, "M": 1e6}[text[-1]]) if text[-1:] in "kKmM" and text else int(text)
-    except (ValueError, KeyError):
+        return int(float(text[:-1]) * scale) if scale else int(text)
+    except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens; write 200k, 10M or 4096") from None
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(usage="python layerboost.py --model MODEL [options]", formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=22, width=118),
-                                     description="Makes a pretrained Llama-style model cheaper to serve: scan, plan, convert, heal, evaluate, save.")
-    add = parser.add_argument
-    add("--model", metavar="MODEL", required=True, help="is a folder in the Hub's layout or a Hub id (at --revision, default main).")
-    add("--data", metavar="TEXT", default=C4, help="heals on this .txt, .jsonl, .jsonl.gz, folder or hub:DATASET/FILE. [one shard of C4]")
-    add("--valid", metavar="TEXT", help="evaluates on this text. [the last documents of --data, held out]")
-    add("--tasks", metavar="FILE", nargs="+", default=[], help="also evaluates these question files, the first --limit items of each.")
-    add("--tokens", metavar="N", type=token_count, default=10_000_000, help="heals on this many tokens, as 200k or 10M. [10M]")
-    add("--keep", metavar="K", type=int, help="keeps softmax attention in this many layers. [a third]")
-    add("--drop", metavar="N", type=int, help="removes the attention of this many. [a fifth]")
-    add("--planner", choices=("tier", "paper", "greedy"), default="tier", help="picks them: the least summed damage, the paper's bands, or step by step.")
-    add("--plan", metavar="LETTERS", help="states the plan instead, one of S, L, X per layer, or uniform:L; nothing is scanned.")
-    add("--measure", metavar="NAMES", default="kl+recall", help="judges damage by kl, recall or task, or a sum of them. [kl+recall]")
-    add("--scan", metavar="FILE", help="plans from this scan.json instead of scanning again.")
-    add("--window", metavar="W", type=int, default=64, help="lets L layers see this many tokens exactly, [64]")
-    add("--sinks", metavar="S", type=int, default=4, help="and this many first ones, [4]")
-    add("--feature-map", metavar="PHI", default="hedgehog", help="and the rest through hedgehog, elu, relu or favor features, or none. [hedgehog]")
-    add("--rank", metavar="R", type=int, default=16, help="is the rank of the adapters. [16]  --full trains all weights instead.")
-    add("--lr", metavar="LR", type=float, default=1e-3, help="is the highest learning rate. [1e-3]")
-    add("--out", metavar="DIR", help="receives the healed model, scan.json and report.json. [out/<model name>]")
-    add("--prompt", metavar="TEXT", help="only generates from MODEL: --max-new-tokens 100, --temperature 0, --top-k, --top-p.")
-    add("--seed", metavar="N", type=int, default=0, help="draws the data order, the adapters and the samples. [0]")
-    add("--device", metavar="NAME", help="is cpu or cuda. [the GPU when there is one]")
-    add("--dtype", metavar="NAME", choices=("bfloat16", "float32"), help="is bfloat16 or float32. [bfloat16 where it is faster here]")
-    add("--no-compile", action="store_true", help="runs everything eagerly: slower, but starts at once.")
-    for flag, kind, default in (("--revision", str, None), ("--limit", int, None), ("--max-new-tokens", int, 100), ("--temperature", float, 0.0),
-                                ("--top-k", int, None), ("--top-p", float, None)):
-        add(flag, type=kind, default=default, help=argparse.SUPPRESS)
-    add("--full", action="store_true", help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        usage="python layerboost.py --model MODEL [options]",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=22, width=118),
+        description="Makes a pretrained Llama-style model cheaper to serve: scan, plan, convert, heal, evaluate, save.")
+
+    def add(flag: str, metavar: str | None, help: str, **options) -> None:
+        parser.add_argument(flag, help=help, **({"metavar": metavar} if metavar else {}), **options)
+    add("--model", "MODEL", "is a folder in the Hub's layout or a Hub id (at --revision, default main).", required=True)
+    add("--data", "TEXT", "heals on this .txt, .jsonl, .jsonl.gz, folder or hub:DATASET/FILE. [one shard of C4]", default=C4)
+    add("--valid", "TEXT", "evaluates on this text. [the last documents of --data, held out]")
+    add("--tasks", "FILE", "also evaluates these question files, the first --limit items of each.", nargs="+", default=[])
+    add("--tokens", "N", "heals on this many tokens, as 200k or 10M. [10M]", type=token_count, default=10_000_000)
+    add("--keep", "K", "keeps softmax attention in this many layers. [a third]", type=int)
+    add("--drop", "N", "removes the attention of this many. [a fifth]", type=int)
+    add("--planner", None, "picks them: the least summed damage, the paper's bands, or step by step.",
+        choices=("tier", "paper", "greedy"), default="tier")
+    add("--plan", "LETTERS", "states the plan instead, one of S, L, X per layer, or uniform:L; nothing is scanned.")
+    add("--measure", "NAMES", "judges damage by kl, recall or task, or a sum of them. [kl+recall]", default="kl+recall")
+    add("--scan", "FILE", "plans from this scan.json instead of scanning again.")
+    add("--window", "W", "lets L layers see this many tokens exactly, [64]", type=int, default=64)
+    add("--sinks", "S", "and this many first ones, [4]", type=int, default=4)
+    add("--feature-map", "PHI", "and the rest through hedgehog, elu, relu or favor features, or none. [hedgehog]", default="hedgehog")
+    add("--rank", "R", "is the rank of the adapters. [16]  --full trains all weights instead.", type=int, default=16)
+    add("--lr", "LR", "is the highest learning rate. [1e-3]", type=float, default=1e-3)
+    add("--out", "DIR", "receives the healed model, scan.json and report.json. [out/<model name>]")
+    add("--prompt", "TEXT", "only generates from MODEL: --max-new-tokens 100, --temperature 0, --top-k, --top-p.")
+    add("--seed", "N", "draws the data order, the adapters and the samples. [0]", type=int, default=0)
+    add("--device", "NAME", "is cpu or cuda. [the GPU when there is one]")
+    add("--dtype", "NAME", "is bfloat16 or float32. [bfloat16 where it is faster here]", choices=("bfloat16", "float32"))
+    add("--no-compile", None, "runs everything eagerly: slower, but starts at once.", action="store_true")
+    add("--full", None, argparse.SUPPRESS, action="store_true")             # the rest are named in the lines above
+    for flag, kind, default in (("--revision", str, None), ("--limit", int, None), ("--max-new-tokens", int, 100),
+                                ("--temperature", float, 0.0), ("--top-k", int, None), ("--top-p", float, None)):
+        add(flag, None, argparse.SUPPRESS, type=kind, default=default)
     return parser.parse_args(argv)
 
 
@@ -451,6 +497,9 @@ def main(argv=None) -> int:
             boost(model, tokenizer, source, args)
     except InputError as error:
         print(f"layerboost: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"layerboost: {error.filename or '--out'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except Diverged as error:
         print(f"layerboost: {error}; what was saved before is in {args.out}", file=sys.stderr)

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import time
 import unicodedata
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -127,7 +126,7 @@ def read_sliding_windows(raw: dict, kind: str, layers: int) -> tuple[int | None,
 
 
 def read_eos(raw: dict, folder: Path) -> tuple[int, ...]:
-    """The ids that end a text: generation_config.json's where it has them (chat models name several), else config.json's."""
+    """The ids that end a text: generation_config.json's where it has them (chat models name several), or config.json's."""
     path = folder / "generation_config.json"
     eos = (read_json(path) if path.exists() else {}).get("eos_token_id", raw.get("eos_token_id"))
     return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
@@ -137,7 +136,7 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; a model folder holds config.json, *.safetensors and tokenizer.json") from None
+        raise InputError(f"{path}: no such file; a model has config.json, *.safetensors and tokenizer.json") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
@@ -241,7 +240,8 @@ class Model(nn.Module):
             cache.positions += ids.shape[1] if lengths is None else lengths
         return self.norm(x)
 
-    def run_layers(self, x: Tensor, first: int, last: int, cache: Cache | None = None, lengths: Tensor | None = None) -> Tensor:
+    def run_layers(self, x: Tensor, first: int, last: int, cache: Cache | None = None,
+                   lengths: Tensor | None = None) -> Tensor:
         """Layers first..last-1 on a residual stream x [B, T, hidden_size]."""
         block = compiled_block if cache is None and x.shape[:2] in self.compiled_shapes else Block.forward
         positions = None if cache is None else cache.positions
@@ -266,7 +266,8 @@ class Model(nn.Module):
 
     @torch.inference_mode()
     def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
-                 top_p: float | None = None, seed: int | None = None, lengths: Tensor | None = None, on_token=None) -> Tensor:
+                 top_p: float | None = None, seed: int | None = None, lengths: Tensor | None = None,
+                 on_token=None) -> Tensor:
         """ids [B, T], shorter prompts padded on the right with their `lengths` [B] given -> [B, T + max_new_tokens].
 
         A row's new tokens follow its own prompt; after an end-of-text token the row is filled with it. temperature 0 is
@@ -341,7 +342,7 @@ def convert(model: Model, plan: str, window: int = 64, sinks: int = 4, feature_m
     settings = (window, sinks, feature_map)
     for i, (old, tier) in enumerate(zip(model.plan, plan)):
         if old == "X" and tier != "X":
-            raise InputError(f"--plan {plan}: layer {i} has no attention left in this model; give it X, or start from the original")
+            raise InputError(f"--plan {plan}: layer {i} has no attention left in this model; start from the original")
         if tier == "L" and (old != "L" or settings != (model.config.window, model.config.sinks, model.config.feature_map)):
             tail = new.layers[i].self_attn.initial_tail()
             weights |= {f"layers.{i}.self_attn.{name}": nn.Parameter(x.to(model.device)) for name, x in tail.items()}
@@ -350,8 +351,9 @@ def convert(model: Model, plan: str, window: int = 64, sinks: int = 4, feature_m
     return new.requires_grad_(False)
 
 
-def load_model(path_or_hub_id: str, plan: str | None = None, window: int = 64, sinks: int = 4, feature_map: str = "hedgehog",
-               dtype: torch.dtype = torch.float32, device: str = "cpu", revision: str | None = None) -> Model:
+def load_model(path_or_hub_id: str, plan: str | None = None, window: int = 64, sinks: int = 4,
+               feature_map: str = "hedgehog", dtype: torch.dtype = torch.float32, device: str = "cpu",
+               revision: str | None = None) -> Model:
     """A model from a folder or the Hub, with its own plan or converted to `plan` (letters, or uniform:L).
 
     window, sinks and feature_map are for a `plan` that is given; a converted folder brings its own. The parameters do not
@@ -374,7 +376,8 @@ def find_model(path_or_hub_id: str, revision: str | None = None) -> Path:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path_or_hub_id) or path_or_hub_id.startswith("."):
         raise InputError(f"--model {path_or_hub_id}: no such folder")
     patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
-    return Path(from_hub(snapshot_download, f"--model {path_or_hub_id}", repo_id=path_or_hub_id, revision=revision, allow_patterns=patterns))
+    what = f"--model {path_or_hub_id}"
+    return Path(from_hub(snapshot_download, what, repo_id=path_or_hub_id, revision=revision, allow_patterns=patterns))
 
 
 def from_hub(download, what: str, **arguments) -> str:
@@ -385,21 +388,20 @@ def from_hub(download, what: str, **arguments) -> str:
         raise InputError(f"{what}: gated; accept its licence on its Hub page and run `hf auth login`") from None
     except hub_errors.RevisionNotFoundError:
         raise InputError(f"{what}: has no revision {arguments.get('revision')!r}; check --revision") from None
-    except hub_errors.EntryNotFoundError as error:
-        if isinstance(error, hub_errors.LocalEntryNotFoundError):
-            raise InputError(f"{what}: not a local path, and the Hub cannot be reached; check the path or the network") from None
-        raise InputError(f"{what}: no such file on the Hub") from None
     except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
-        raise InputError(f"{what}: neither a local path nor a repository on the Hub; a private one needs `hf auth login`") from None
-    except (hub_errors.OfflineModeIsEnabled, OSError):
-        raise InputError(f"{what}: not a local path, and the Hub cannot be reached; check the path or the network") from None
+        raise InputError(f"{what}: neither a local path nor on the Hub; a private repository needs `hf auth login`") from None
+    except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError, TimeoutError):
+        raise InputError(f"{what}: not a local path, and the Hub cannot be reached; check either") from None
+    except hub_errors.EntryNotFoundError:
+        raise InputError(f"{what}: no such file on the Hub") from None
 
 
 def read_weights(folder: Path, model: Model, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """The tensors of all safetensors files, one at a time: never two copies of a model in memory. Tail parameters stay
     float32, all else becomes `dtype`. Raises InputError naming each tensor that is missing, unexpected or misshapen."""
     index = folder / "model.safetensors.index.json"
-    files = sorted({folder / name for name in read_json(index)["weight_map"].values()}) if index.exists() else [folder / "model.safetensors"]
+    names = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    files = [folder / name for name in sorted(names)]
     wanted = dict(model.named_parameters())
     weights, wrong = {}, []
     for file in files:
@@ -426,7 +428,8 @@ def read_weights(folder: Path, model: Model, dtype: torch.dtype, device: str) ->
     seen_wrong = " ".join(wrong)
     wrong += [f"missing {name}" for name in wanted if name not in weights and name not in seen_wrong]
     if wrong:
-        raise InputError(f"{folder}: {len(wrong)} tensors do not fit config.json: " + "; ".join(wrong[:6]) + (" ..." if wrong[6:] else ""))
+        shown = "; ".join(wrong[:6]) + (" ..." if wrong[6:] else "")
+        raise InputError(f"{folder}: {len(wrong)} tensors do not fit config.json: {shown}")
     return weights
 
 
@@ -442,7 +445,8 @@ def save_model(model: Model, folder: str | Path, source: str | Path) -> None:
         raw |= {"model_type": "layerboost", "architectures": ["LayerBoostForCausalLM"], "layerboost": {
             "base_model_type": config.model_type, "plan": config.plan, "window": config.window, "sinks": config.sinks,
             "feature_map": config.feature_map}}
-    weights = {name if name == "lm_head.weight" else f"model.{name}": x.detach().contiguous() for name, x in model.named_parameters()}
+    weights = {name if name == "lm_head.weight" else f"model.{name}": x.detach().contiguous()
+               for name, x in model.named_parameters()}
     write_file(folder / "model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"}))
     for name in TOKENIZER_FILES:
         if (Path(source) / name).exists():
@@ -456,27 +460,6 @@ def write_file(path: Path, write) -> None:
     temporary = path.with_name(path.name + ".partial")
     write(temporary)
     os.replace(temporary, path)
-
-
-def pick_device(name: str | None) -> str:
-    if name and name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: torch finds no GPU here; use --device cpu")
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def pick_dtype(device: str) -> str:
-    """bfloat16 on a GPU that has it, and on a CPU where a product of matrices is faster in it."""
-    if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    times = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-        times[dtype] = math.inf
-        for _ in range(5):
-            start = time.perf_counter()
-            a @ b
-            times[dtype] = min(times[dtype], time.perf_counter() - start)
-    return "bfloat16" if times[torch.bfloat16] < 0.8 * times[torch.float32] else "float32"
 
 
 # --- tokenizer ---------------------------------------------------------------------------------------------------
@@ -501,7 +484,8 @@ class Tokenizer:
         spec = read_json(self.path)
         model = spec["model"]
         if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-            raise self.unsupported("a SentencePiece-style tokenizer" if model.get("byte_fallback") else f"a {model['type']} model")
+            kind = "SentencePiece-style" if model.get("byte_fallback") else model["type"]
+            raise self.unsupported(f"a {kind} tokenizer")
         added = {token["content"]: token for token in spec.get("added_tokens", [])}
         if any(token.get("lstrip") or token.get("rstrip") or token.get("single_word") for token in added.values()):
             raise self.unsupported("an added token that strips the text around it")
@@ -516,10 +500,12 @@ class Tokenizer:
         self.prefix, self.suffix = self.read_template(spec.get("post_processor"))
 
     def unsupported(self, what: str) -> InputError:
-        return InputError(f"{self.path}: {what} is not supported; byte-level BPE of the Llama-3, Qwen2/3, SmolLM and GPT-2 kinds is")
+        return InputError(f"{self.path}: {what} is not supported; "
+                          "byte-level BPE of the Llama-3, Qwen2/3, SmolLM and GPT-2 kinds is")
 
     def read_ranks(self, model: dict) -> dict[bytes, int]:
-        """tiktoken merges by the id of the result, tokenizer.json by the merge's place: the same where ids rise with the merges."""
+        """tiktoken merges by the id of the result, tokenizer.json by the place of the merge: the same where ids rise with
+        the merges."""
         table = byte_table()
         try:
             ranks = {bytes(table[c] for c in token): id for token, id in model["vocab"].items() if token not in self.added}
@@ -558,9 +544,10 @@ class Tokenizer:
         steps = [] if post is None else post.get("processors", [post])
         for step in steps:
             if step["type"] == "TemplateProcessing":
-                pieces = [id for piece in step["single"] for id in
-                          (step["special_tokens"][piece["SpecialToken"]["id"]]["ids"] if "SpecialToken" in piece else [None])]
-                return pieces[:pieces.index(None)], pieces[pieces.index(None) + 1:]
+                special = lambda piece: step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+                text = next(i for i, piece in enumerate(step["single"]) if "Sequence" in piece)
+                before, after = step["single"][:text], step["single"][text + 1:]
+                return sum(map(special, before), []), sum(map(special, after), [])
             if step["type"] != "ByteLevel":
                 raise self.unsupported(f"a {step['type']} post-processor")
         return [], []

@@ -382,9 +382,9 @@ def test_wrong_weights_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("error,message", [
-    (hub_errors.GatedRepoError, "gated"), (hub_errors.RepositoryNotFoundError, "neither a local path nor a repository"),
+    (hub_errors.GatedRepoError, "gated"), (hub_errors.RepositoryNotFoundError, "neither a local path nor on the Hub"),
     (hub_errors.RevisionNotFoundError, "no revision 'v9'"), (hub_errors.LocalEntryNotFoundError, "cannot be reached"),
-    (hub_errors.OfflineModeIsEnabled, "cannot be reached"), (ConnectionError, "cannot be reached")])
+    (hub_errors.OfflineModeIsEnabled, "cannot be reached"), (hub_errors.EntryNotFoundError, "no such file"), (ConnectionError, "cannot be reached")])
 def test_hub_errors_are_one_line(error, message, monkeypatch):
     def download(**arguments):
         assert arguments["repo_id"] == "owner/name" and "*.safetensors" in arguments["allow_patterns"]
