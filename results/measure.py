@@ -28,7 +28,7 @@ def scan_cost(path: str) -> dict:
     probe = lambda: layerboost.make_probes(model, tokenizer, ["kl", "recall"], sequences, sequences, [])
     tiers, n = {"window": 64, "sinks": 4, "feature_map": "hedgehog"}, len(model.layers)
     times = {"ours": [], "naive": []}
-    for _ in range(2):                                  # alternating; the first round compiles
+    for _ in range(2):                                  # alternating, since the machine's speed drifts by a tenth
         start = time.perf_counter()
         probes = probe()
         with tempfile.TemporaryDirectory() as folder:
@@ -39,7 +39,7 @@ def scan_cost(path: str) -> dict:
         naive = [{tier: layerboost.measure_plan(model, probes, tiers, "S" * i + tier + "S" * (n - i - 1)) for tier in "XL"} for i in range(n)]
         times["naive"].append(time.perf_counter() - start)
     largest = max(abs(value - naive[i][tier][name]) for i in range(n) for tier in "XL" for name, value in layers[i][tier].items())
-    return {"seconds": times, "ratio": times["ours"][1] / times["naive"][1], "largest_difference": largest}
+    return {"seconds": times, "ratio": sum(times["ours"]) / sum(times["naive"]), "largest_difference": largest}
 
 
 def peak_bytes(tokens: int) -> int:
