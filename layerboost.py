@@ -377,7 +377,8 @@ def read_text(args, tokenizer: Tokenizer, model: Model, settings: Healing) -> tu
             held_out.append(documents.pop())
             size += len(held_out[-1])
         valid = pack(held_out, tokenizer, eos, context, needed)
-    train = pack(documents, tokenizer, eos, context, settings.steps * settings.batch * context)
+    enough = max(settings.steps * settings.batch * context, SCAN_SEQUENCES * SCAN_CONTEXT)     # for healing, for the scan
+    train = pack(documents, tokenizer, eos, context, enough)
     for flag, source, sequences in (("--data", args.data, train), ("--valid", args.valid or args.data, valid)):
         if not len(sequences):
             raise InputError(f"{flag} {source}: too little text; {context} tokens are needed at least"
