@@ -43,7 +43,7 @@ def scan_cost(path: str) -> dict:
 
 
 def peak_bytes(tokens: int) -> int:
-    """Peak resident memory that tier L's forward (and backward, with 'train') adds, in a process of its own."""
+    """Peak resident memory that tier L's forward and backward add, in a process of its own."""
     code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}; import measure; print(measure.added_bytes({tokens}))"
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
