@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import (Past, apply_rotary, causal_mask, favor_projection, feature_map, feature_size, softmax_attention,
-                     window_linear_attention, window_linear_step)
+                     softmax_step, window_linear_attention, window_linear_step)
 
 
 class RMSNorm(nn.Module):
@@ -85,29 +85,41 @@ class SoftmaxAttention(nn.Module):
         """[B, H, T, D] for the T tokens after `positions`. Keys of padding are written too: they lie beyond their
         sequence's end, where no query sees them and the next token overwrites them."""
         position = positions[:, None] + torch.arange(query.shape[2], device=query.device)       # (B, T)
+        stored = torch.arange(cache.key.shape[2], device=query.device)
+        mask = causal_mask(position, stored, self.sliding_window)                               # (B, T, max_tokens)
         sequence = torch.arange(query.shape[0], device=query.device)[:, None, None]
         head = torch.arange(key.shape[1], device=query.device)[:, None]
         cache.key[sequence, head, position[:, None]] = key
         cache.value[sequence, head, position[:, None]] = value
-        stored = torch.arange(cache.key.shape[2], device=query.device)
-        mask = causal_mask(position, stored, self.sliding_window)[:, None]                      # (B, 1, T, max_tokens)
-        return softmax_attention(query, cache.key, cache.value, mask)
+        if query.shape[2] == 1:
+            return softmax_step(query, cache.key, cache.value, mask[:, 0])
+        return softmax_attention(query, cache.key, cache.value, mask[:, None])
 
 
 class WindowLinearCache:
-    """`window` and `sinks` keys and values, and the sums S and z over all other tokens: one size for any length.
+    """`sinks + window` keys and values, and the sums S and z over all other tokens: one size for any length.
 
-    The token at position p lies in slot p % window of the ring. S and z are float32: they are summed over thousands of
-    tokens, each small against the sum.
+    A sink lies in the slot of its position; the other tokens go round in the slots after those (one that is never read
+    where there is no window). S and z are float32: they are summed over thousands of tokens, each small against the sum.
     """
 
     def __init__(self, config, batch: int, dtype: torch.dtype, device):
         G, D, features = config.num_key_value_heads, config.head_dim, feature_size(config.feature_map, config.head_dim)
-        pair = lambda tokens: [torch.zeros(batch, G, tokens, D, dtype=dtype, device=device) for _ in range(2)]
-        self.ring_key, self.ring_value = pair(config.window)
-        self.sink_key, self.sink_value = pair(config.sinks)
+        self.window, self.sinks = config.window, config.sinks
+        shape = (batch, G, config.sinks + max(config.window, 1), D)
+        self.key, self.value = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.state = torch.zeros(batch, G, features, D, device=device)
         self.norm = torch.zeros(batch, G, features, device=device)
+
+    def slot(self, position: Tensor) -> Tensor:
+        """Where the token at a position lies."""
+        is_sink = (position >= 0) & (position < self.sinks)
+        return torch.where(is_sink, position, self.sinks + (position - self.sinks) % max(self.window, 1))
+
+    def seen(self, positions: Tensor) -> Tensor:
+        """[B, slots]: those that the token at `positions` [B] sees, itself among them."""
+        slot = torch.arange(self.key.shape[2], device=positions.device)
+        return (slot <= positions[:, None]) & (slot < self.sinks + self.window)
 
 
 class WindowLinearAttention(SoftmaxAttention):
@@ -165,56 +177,48 @@ class WindowLinearAttention(SoftmaxAttention):
         return WindowLinearCache(self.config, batch, dtype, device)
 
     def advance(self, query, key, value, cache: WindowLinearCache, positions: Tensor, lengths: Tensor | None) -> Tensor:
-        past = Past(positions, cache.sink_key, cache.sink_value, cache.state, cache.norm)
-        self.store_sinks(key, value, cache, positions)
-        if query.shape[2] == 1 and lengths is None:
-            self.push(key, value, cache, positions)
-            if self.features == 0:
-                return window_linear_step(query, None, None, cache.ring_key, cache.ring_value, past)
-            phi_query = feature_map(query, self.config.feature_map, self.query_map)
-            return window_linear_step(query, phi_query, self.tail_logit, cache.ring_key, cache.ring_value, past)
-        return self.prefill(past, query, key, value, cache, lengths)
-
-    def store_sinks(self, key: Tensor, value: Tensor, cache: WindowLinearCache, positions: Tensor) -> None:
-        """Copies those of the new tokens that are among the first `sinks` of their sequence."""
-        offset = torch.arange(self.config.sinks, device=key.device) - positions[:, None]                # (B, s)
-        new = ((offset >= 0) & (offset < key.shape[2]))[:, None, :, None]
-        index = offset.clamp(0, key.shape[2] - 1)[:, None, :, None].expand_as(cache.sink_key)
-        for sink, x in ((cache.sink_key, key), (cache.sink_value, value)):
-            sink.copy_(torch.where(new, x.gather(2, index), sink))
+        if query.shape[2] > 1 or lengths is not None:
+            return self.prefill(query, key, value, cache, positions, lengths)
+        self.push(key, value, cache, positions)
+        phi_query = feature_map(query, self.config.feature_map, self.query_map) if self.features else None
+        return window_linear_step(query, phi_query, self.tail_logit if self.features else None, cache.key, cache.value,
+                                  cache.seen(positions), cache.state, cache.norm)
 
     def push(self, key: Tensor, value: Tensor, cache: WindowLinearCache, positions: Tensor) -> None:
-        """Puts one token into the ring and the one that it displaces into S and z; without a window, into those at once."""
-        old_key, old_value = key, value
-        if self.config.window:
-            slot = (positions % self.config.window)[:, None, None, None].expand_as(key)
-            old_key, old_value = cache.ring_key.gather(2, slot), cache.ring_value.gather(2, slot)       # (B, G, 1, D)
-            cache.ring_key.scatter_(2, slot, key)
-            cache.ring_value.scatter_(2, slot, value)
+        """Puts one token among the local ones and the one that it displaces into S and z; without a window, itself."""
+        sequence, slot = torch.arange(key.shape[0], device=key.device), cache.slot(positions)
+        new_key, new_value = key[:, :, 0], value[:, :, 0]                                               # (B, G, D)
+        old_key, old_value = new_key, new_value
+        if cache.window:
+            old_key, old_value = cache.key[sequence, :, slot], cache.value[sequence, :, slot]
+        cache.key[sequence, :, slot], cache.value[sequence, :, slot] = new_key, new_value
         if self.features:
-            in_tail = (positions - self.config.window >= self.config.sinks)[:, None, None, None]
-            phi_key = feature_map(old_key, self.config.feature_map, self.key_map) * in_tail
-            cache.state.add_(phi_key.transpose(-1, -2) * old_value.float())
-            cache.norm.add_(phi_key[:, :, 0])
+            phi_key = feature_map(old_key[:, :, None], self.config.feature_map, self.key_map)[:, :, 0]
+            phi_key = phi_key * (positions - cache.window >= cache.sinks)[:, None, None]                # (B, G, F)
+            cache.state.addcmul_(phi_key[..., None], old_value.float()[:, :, None])
+            cache.norm.add_(phi_key)
 
-    def prefill(self, past: Past, query, key, value, cache: WindowLinearCache, lengths: Tensor | None) -> Tensor:
+    def prefill(self, query, key, value, cache: WindowLinearCache, positions: Tensor, lengths: Tensor | None) -> Tensor:
         """Many tokens: the parallel form from the cache's state, then the cache as it is after each sequence's last one."""
-        window, tokens = self.config.window, query.shape[2]
-        lengths = torch.full_like(past.start, tokens) if lengths is None else lengths
-        recent = past.start[:, None] + torch.arange(window, device=key.device)                          # (B, w)
-        if window:                                                                                      # oldest first
-            slots = (recent % window)[:, None, :, None].expand_as(cache.ring_key)
-            key = torch.cat((cache.ring_key.gather(2, slots), key), dim=2)
-            value = torch.cat((cache.ring_value.gather(2, slots), value), dim=2)
+        window, sinks, tokens = cache.window, cache.sinks, query.shape[2]
+        lengths = torch.full_like(positions, tokens) if lengths is None else lengths
+        across = lambda index, x: index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+        first, around = torch.arange(sinks, device=key.device), torch.arange(window, device=key.device)
+        offset = first - positions[:, None]                                                             # (B, s)
+        new = ((offset >= 0) & (offset < tokens))[:, None, :, None]
+        for kept, x in ((cache.key, key), (cache.value, value)):
+            kept[:, :, :sinks] = torch.where(new, x.gather(2, across(offset.clamp(0, tokens - 1), x)), kept[:, :, :sinks])
+        before = cache.slot(positions[:, None] - window + around)                                       # (B, w), oldest first
+        key, value = (torch.cat((kept.gather(2, across(before, kept)), x), dim=2)
+                      for kept, x in ((cache.key, key), (cache.value, value)))                          # (B, G, w + T, D)
+        past = Past(positions, cache.key[:, :, :sinks], cache.value[:, :, :sinks], cache.state, cache.norm)
         out, phi_key = self.continue_from(past, query, key, value)
         if self.features:
             real = (torch.arange(tokens, device=key.device) < lengths[:, None])[:, None, :, None]
             phi_key = phi_key * real
             cache.state.add_(phi_key.transpose(-1, -2) @ value[:, :, :tokens].float())
             cache.norm.add_(phi_key.sum(2))
-        if window:
-            last = (lengths[:, None] + torch.arange(window, device=key.device))[:, None, :, None].expand_as(cache.ring_key)
-            slots = ((recent + lengths[:, None]) % window)[:, None, :, None].expand_as(cache.ring_key)
-            cache.ring_key.scatter_(2, slots, key.gather(2, last))
-            cache.ring_value.scatter_(2, slots, value.gather(2, last))
+        last, position = lengths[:, None] + around, (positions + lengths)[:, None] - window + around    # (B, w)
+        for kept, x in ((cache.key, key), (cache.value, value)):
+            kept.scatter_(2, across(cache.slot(position), kept), x.gather(2, across(last, x)))
         return out

@@ -96,6 +96,24 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=True)
 
 
+def softmax_step(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+    """The same for one query a sequence: [B, H, 1, D] over key, value [B, G, tokens, D], of which `seen` [B, tokens] are
+    seen. As products in which a key/value head meets all of its query heads at once, it reads each key once, which is what
+    a step's time goes into; the fused kernel, made for many queries, took 4 to 13 times as long on a CPU."""
+    return (step_scores(query, key, seen).softmax(-1).to(value.dtype) @ value).view(query.shape)
+
+
+def step_scores(query: Tensor, key: Tensor, seen: Tensor) -> Tensor:
+    """q . k / sqrt(D) [B, G, H / G, tokens] in float32, -inf where not seen."""
+    scores = (group_heads(query, key.shape[1]) @ key.transpose(-1, -2)).float()
+    return scores.mul_(query.shape[-1] ** -0.5).masked_fill_(~seen[:, None, None], -torch.inf)
+
+
+def group_heads(x: Tensor, groups: int) -> Tensor:
+    """[B, H, 1, D] -> [B, G, H / G, D]: the query heads that share a key/value head."""
+    return x.view(x.shape[0], groups, -1, x.shape[-1])
+
+
 def causal_mask(query_position: Tensor, key_position: Tensor, sliding_window: int | None) -> Tensor:
     """[..., T] and [..., keys] positions -> [..., T, keys], True where a query sees a key."""
     distance = query_position[..., :, None] - key_position[..., None, :]
@@ -228,30 +246,24 @@ def join_chunks(x: Tensor, tokens: int, chunk: int) -> Tensor:
     return x.unflatten(3, (-1, chunk)).transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :, :tokens]
 
 
-def window_linear_step(query: Tensor, phi_query: Tensor | None, tail_logit: Tensor | None, ring_key: Tensor,
-                       ring_value: Tensor, past: Past) -> Tensor:
-    """One token, after its key and value went into the ring and the one they displaced went into the tail.
+def window_linear_step(query: Tensor, phi_query: Tensor | None, tail_logit: Tensor | None, key: Tensor, value: Tensor,
+                       seen: Tensor, state: Tensor, norm: Tensor) -> Tensor:
+    """One token, after its key and value joined the local ones and the token that they displaced went into the tail.
 
-    query [B, H, 1, D], phi_query [B, H, 1, F]; ring_key, ring_value [B, G, window, D]: position p lies in slot
-    p % window; past.start [B]: the position of this token -> [B, H, 1, D]. O(window + sinks + F) at any position.
+    query [B, H, 1, D], phi_query [B, H, 1, F]; key, value [B, G, slots, D], in any order, and seen [B, slots], which of
+    them are local to the query; state S [B, G, F, D], norm z [B, G, F] -> [B, H, 1, D].
+    O(window + sinks + F) at any position.
     """
-    B, H, _, D = query.shape
-    groups, window = ring_key.shape[1], ring_key.shape[2]
-    grouped = query.float().view(B, groups, H // groups, D) * D ** -0.5
-    slot = torch.arange(window, device=query.device)
-    sink = torch.arange(past.sink_key.shape[2], device=query.device)
-    seen = torch.cat((sink <= past.start[:, None] - window, slot <= past.start[:, None]), dim=-1)[:, None, None]
-    keys, values = (torch.cat(pair, dim=2).float() for pair in ((past.sink_key, ring_key), (past.sink_value, ring_value)))
-    scores = (grouped @ keys.transpose(-1, -2)).masked_fill(~seen, -torch.inf)              # (B, G, R, s + w)
     if phi_query is None:
-        return (scores.softmax(-1) @ values).view(B, H, 1, D).to(query.dtype)
-    b = tail_logit.view(groups, -1, 1)
-    largest = torch.cat((scores, b.expand(B, -1, -1, -1)), dim=-1).amax(-1, keepdim=True)
+        return softmax_step(query, key, value, seen)
+    scores = step_scores(query, key, seen)
+    b = tail_logit.view(key.shape[1], -1, 1)
+    largest = torch.maximum(scores.amax(-1, keepdim=True), b)
     weights, tail_scale = torch.exp(scores - largest), torch.exp(b - largest)
-    phi_query = phi_query.view(B, groups, H // groups, -1)
-    numerator = weights @ values + tail_scale * (phi_query @ past.state)
-    denominator = weights.sum(-1, keepdim=True) + tail_scale * (phi_query @ past.norm[..., None])
-    return (numerator / denominator).view(B, H, 1, D).to(query.dtype)
+    phi_query = group_heads(phi_query, key.shape[1])
+    numerator = weights.to(value.dtype) @ value + tail_scale * (phi_query @ state)
+    denominator = weights.sum(-1, keepdim=True) + tail_scale * (phi_query * norm[:, :, None]).sum(-1, keepdim=True)
+    return (numerator / denominator).view(query.shape).to(query.dtype)
 
 
 # --- divergence of two models ------------------------------------------------------------------------------------
