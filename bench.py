@@ -27,7 +27,7 @@ from distill import C4, pack, read_documents
 from kernels import ROWS, by_rows, logit_kl
 from model import InputError, Model, Tokenizer, load_model, load_tokenizer
 
-RECALL_LENGTHS = (512, 1024, 2048)
+RECALL_LENGTHS = (256, 512, 1024, 2048)
 RECALL_DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
@@ -60,8 +60,9 @@ def pick_dtype(device: str) -> str:
 # --- text --------------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def text_quality(models: dict[str, Model], base: Model, sequences: Tensor, batch: int = 4) -> dict[str, dict]:
-    """{name: perplexity, kl, agreement} on sequences [N, T]; `base` is what kl and agreement are measured against."""
+def text_quality(models: dict[str, Model], base: Model, tokenizer: Tokenizer, sequences: Tensor, batch: int = 4) -> dict[str, dict]:
+    """{name: perplexity, bits_per_byte, kl, agreement} on sequences [N, T]; `base` is what kl and agreement are measured
+    against. Bits per UTF-8 byte are perplexity made comparable between tokenizers."""
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in models}       # negative log-likelihood, KL, same top-1
     for ids in tqdm(sequences.to(base.device).split(batch), desc="text", unit="batch", leave=False):
         base_hidden = base.hidden(ids)
@@ -69,8 +70,10 @@ def text_quality(models: dict[str, Model], base: Model, sequences: Tensor, batch
             hidden = base_hidden if model is base else model.hidden(ids)
             for i in range(ids.shape[0]):
                 sums[name] += compare_rows(hidden[i], model.head, base_hidden[i], base.head, ids[i])
-    predicted, positions = sequences.shape[0] * (sequences.shape[1] - 1), sequences.numel()
-    return {name: {"perplexity": math.exp(nll / predicted), "kl": kl / positions, "agreement": same / positions}
+    predicted, positions = sequences[:, 1:].numel(), sequences.numel()
+    size = len(tokenizer.decode_bytes(sequences[:, 1:].flatten().tolist()))
+    return {name: {"perplexity": math.exp(nll / predicted), "bits_per_byte": nll / math.log(2) / size,
+                   "kl": kl / positions, "agreement": same / positions}
             for name, (nll, kl, same) in ((name, total.tolist()) for name, total in sums.items())}
 
 
@@ -233,7 +236,26 @@ def task_quality(model: Model, tokenizer: Tokenizer, path: str, limit: int | Non
 def cache_bytes(model: Model, tokens: int) -> int:
     """What one sequence of this many tokens keeps in the cache."""
     layers = model.new_cache(1, tokens, "meta").layers
-    return sum(x.numel() * x.element_size() for layer in layers if layer for x in vars(layer).values())
+    return sum(x.numel() * x.element_size() for layer in layers if layer for x in vars(layer).values()
+               if isinstance(x, Tensor))
+
+
+@torch.inference_mode()
+def decode_rates(models: dict[str, Model], batch: int = 32, context: int = 1024, steps: int = 12) -> dict[str, float]:
+    """{name: tokens/s} of decoding: `batch` sequences that hold about `context` tokens each, one token a step for all of
+    them, from the median of the steps. The models take turns, so that all meet the same machine. What the caches hold
+    does not change the cost: they start out as zeros."""
+    caches, times = {}, {name: [] for name in models}
+    for name, model in models.items():
+        caches[name] = model.new_cache(batch, context)
+        caches[name].positions += context - steps - 1
+    token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
+    for _ in range(steps + 1):
+        for name, model in models.items():
+            start = time.perf_counter()
+            model(token, caches[name]).argmax(-1).tolist()
+            times[name].append(time.perf_counter() - start)
+    return {name: batch / sorted(seconds[1:])[steps // 2] for name, seconds in times.items()}
 
 
 def mean(values) -> float:
@@ -245,13 +267,15 @@ def mean(values) -> float:
 
 def evaluate(models: dict[str, Model], base: Model, tokenizer: Tokenizer, valid: Tensor, tasks: list[str],
              limit: int | None = None, lengths=RECALL_LENGTHS) -> dict[str, dict]:
-    """The figures of every model under its name: plan, perplexity, kl, agreement, cache_bytes_8k, recall,
-    recall_by_depth and tasks. valid [N, T] ids is the text, and what the passkeys are hidden in."""
+    """The figures of every model under its name: plan, perplexity, bits_per_byte, kl, agreement, recall, recall_by_depth,
+    tasks, cache_bytes and decode_tokens_per_second. valid [N, T] ids is the text, and what the passkeys are hidden in."""
     report = {name: {"plan": model.plan} for name, model in models.items()}
-    for name, figures in text_quality(models, base, valid).items():
+    rates = decode_rates(models)
+    for name, figures in text_quality(models, base, tokenizer, valid).items():
         report[name] |= figures
     for name, model in models.items():
-        report[name]["cache_bytes_8k"] = cache_bytes(model, 8192)
+        report[name]["cache_bytes"] = {str(tokens): cache_bytes(model, tokens) for tokens in (1024, 8192)}
+        report[name]["decode_tokens_per_second"] = rates[name]
         reach = [length for length in lengths if length <= model.config.max_position_embeddings]
         report[name] |= passkey_recall(model, tokenizer, valid, reach)
         report[name]["tasks"] = {Path(path).stem: task_quality(model, tokenizer, path, limit) for path in tasks}
@@ -263,10 +287,10 @@ def table(report: dict[str, dict]) -> list[list[str]]:
     rows: dict[str, dict[str, str]] = {}
     for name, figures in report.items():
         add = lambda label, value, form: rows.setdefault(label, {}).__setitem__(name, format(value, form))
+        add("bits per byte", figures["bits_per_byte"], ".3f")
         add("perplexity", figures["perplexity"], ".2f")
         add("KL to the base, nats/token", figures["kl"], ".4f")
         add("top-1 agreement", figures["agreement"], ".1%")
-        add("cache at 8k tokens, MiB", figures["cache_bytes_8k"] / 2**20, ".1f")
         for length, share in figures["recall"].items():
             add(f"passkey recall at {length}", share, ".0%")
         for task, result in figures["tasks"].items():
@@ -274,6 +298,9 @@ def table(report: dict[str, dict]) -> list[list[str]]:
                                      ("perplexity", "perplexity", ".2f")):
                 if key in result:
                     add(f"{task} {label} ({result['items']})", result[key], form)
+        for tokens, size in figures["cache_bytes"].items():
+            add(f"cache of a sequence of {tokens}, MiB", size / 2**20, ".2f")
+        add("decode, tokens/s (32 sequences of 1024)", figures["decode_tokens_per_second"], ",.0f")
     return [["", *report]] + [[label, *(values.get(name, "") for name in report)] for label, values in rows.items()]
 
 

@@ -146,6 +146,7 @@ class Healing:
         self.steps = self.tokens // (self.batch * self.context)
         if not self.steps:
             raise InputError(f"--tokens {self.tokens}: a step takes {self.batch * self.context:,}; give at least as many")
+        self.trained_tokens = self.steps * self.batch * self.context        # the budget in whole steps
         self.transfer_steps = round(self.transfer_share * self.steps)
 
     def learning_rate(self, step: int) -> float:
@@ -204,7 +205,8 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
         while True:
             if settings.validates(step) and len(curve["valid"]) < sum(map(settings.validates, range(step + 1))):
                 curve["valid"].append([step * tokens_a_step, validation_kl(student, teacher.head, targets)])
-                bar.write(f"  {step * tokens_a_step:>10,} tokens   validation KL {curve['valid'][-1][1]:.4f}")
+                first, kl = curve["valid"][0][1], curve["valid"][-1][1]
+                bar.write(f"  {step * tokens_a_step:>10,} tokens   validation KL {kl:.4f}  {'█' * round(32 * min(1.0, kl / max(first, 1e-9)))}")
             if step == settings.steps or stop.asked or time.monotonic() - saved > checkpoint_every:
                 optimizer.save(checkpoint, step, curve, identity)
                 saved = time.monotonic()

@@ -6,6 +6,7 @@ Every layer of a Llama-style model pays for softmax attention over the whole con
 one layer at a time, X (attention removed) and L (sliding-window linear attention), and measures the damage. The plan keeps
 softmax (S) where the damage is worst. Healing distils the original back into the converted model. `main` tells this story.
 
+    python layerboost.py                    the embedded model of tiny/ on its own text: all of this in three minutes, offline
     python layerboost.py --model DIR --data TEXT --valid TEXT --keep 10 --drop 4 --tokens 200k --out out/name
     python layerboost.py --model out/name --prompt "The capital of France is"
 """
@@ -16,6 +17,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -38,6 +40,21 @@ SCAN_RECALL = {512: 4, 1024: 2, 2048: 1}            # prompts by context length 
 SCAN_TASK_ITEMS = 100                               # of the first task file, for the task measure
 MEASURES = ("kl", "recall", "task")
 VALID_SEQUENCES = 32                                # of CONTEXT tokens, for the report; healing watches the first 8
+
+COMPILE_FROM = 400                                  # seconds of expected work: compiling takes one to two minutes
+
+TINY = Path(os.path.relpath(Path(__file__).resolve().parent / "tiny"))
+DEFAULTS = {"data": C4, "tokens": 10_000_000}
+TINY_DEFAULTS = {"model": str(TINY), "data": str(TINY / "train.jsonl.gz"), "valid": str(TINY / "valid.jsonl.gz"),
+                 "tokens": 120_000, "keep": 6, "drop": 1}       # what stands for flags that are not given
+
+
+NEXT_STEPS = """
+Next, a real model (a folder in the Hub's layout or a Hub id) on your own text (.txt, .jsonl, .jsonl.gz or a folder of them):
+  python layerboost.py --model HuggingFaceTB/SmolLM2-135M --data TEXT --tokens 200k
+Other ways to spend the same layers:
+  python layerboost.py --scan out/tiny/scan.json --planner paper --out out/paper
+  python layerboost.py --plan uniform:L --out out/uniform"""
 
 
 # --- scan --------------------------------------------------------------------------------------------------------
@@ -292,7 +309,8 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     identity = {"model": fingerprint(*model.parameters()), "data": fingerprint(calibration), **tiers, "dtype": args.dtype}
     scan_file = Path(args.scan or out / "scan.json")
     layers = check_scan(scan_file, identity, measures, n) if scan_file.exists() else []
-    announce(model, args, settings, calibration, plan, len(layers))
+    if announce(model, args, settings, calibration, plan, len(layers)) < COMPILE_FROM:
+        torch.compiler.set_stance("force_eager")
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     model.compiled_shapes |= {(2, calibration.shape[1]), (settings.batch, settings.context)}
@@ -322,7 +340,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     print(f"  {plan.count('S')} softmax, {plan.count('L')} sliding-window linear, {plan.count('X')} removed; cache of a sequence at 8k "
           f"tokens {cache_bytes(student, 8192) / 2**20:.1f} MiB, was {cache_bytes(model, 8192) / 2**20:.1f} MiB")
 
-    print(f"\nHeal: {args.tokens:,} tokens, {settings.transfer_steps} steps of attention transfer, then "
+    print(f"\nHeal: {settings.trained_tokens:,} tokens, {settings.transfer_steps} steps of attention transfer, then "
           f"{settings.steps - settings.transfer_steps} of KL distillation.")
     converted = convert(model, plan, **tiers)               # keeps untrained tails of its own; the student's are trained
     curve = heal(model, student, train, valid[:8], settings, out / "healing.safetensors",
@@ -333,6 +351,11 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     models = {"base": model, "converted": converted, "healed": student}
     report = evaluate(models, model, tokenizer, valid, args.tasks, args.limit)
     write_report(out, report, curve, settings, args, layers, time.monotonic() - started)
+    for name in ("base", "healed"):
+        print(f"{name + ' goes on:':17}" + continuation(models[name], tokenizer, valid))
+    print(f'\nSaved to {out}. Try: python layerboost.py --model {out} --prompt "The history of"')
+    if args.model == str(TINY):
+        print(NEXT_STEPS)
 
 
 def check_arguments(model: Model, args) -> tuple[Healing, list[str], dict, str | None]:
@@ -393,23 +416,25 @@ def calibration_text(train: Tensor, context: int) -> Tensor:
     return tokens[:min(SCAN_SEQUENCES, len(tokens) // context) * context].view(-1, context)
 
 
-def announce(model: Model, args, settings: Healing, calibration: Tensor, plan: str | None, scanned: int) -> None:
-    """What is going to happen, and about how long it takes here, from a short measurement."""
+def announce(model: Model, args, settings: Healing, calibration: Tensor, plan: str | None, scanned: int) -> float:
+    """What is going to happen, and about how long it takes here, from a short measurement. Returns the seconds in all."""
     rate, n = forward_rate(model), len(model.layers)
     tokens = calibration.numel() if "kl" in args.measure else 0
     tokens += sum(length * count for length, count in SCAN_RECALL.items()) if "recall" in args.measure else 0
     passes = sum(2 * (n - i) / n for i in range(scanned, n)) + 2 if scanned < n else 0      # over all layers
-    evaluated = VALID_SEQUENCES * settings.context + 20 * sum(RECALL_LENGTHS)
+    evaluated = VALID_SEQUENCES * settings.context + 20 * sum(n for n in RECALL_LENGTHS if n <= model.config.max_position_embeddings)
+    scanning, healing, evaluating = tokens * passes / rate * (plan is None), settings.trained_tokens * 5 / rate, 3 * evaluated / rate
     print(f"{args.model}: {n} layers, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {args.dtype} on "
           f"{args.device}; a forward pass runs at {rate:,.0f} tokens/s here")
     if plan is None:
         print(f"1. scan      {2 * (n - scanned)} trials on {tokens:,} tokens, then a plan that keeps {args.keep} layers, drops "
-              f"{args.drop}   about {clock(tokens * passes / rate)}")
+              f"{args.drop}   about {clock(scanning)}")
     else:
         print(f"1. plan      {plan}, as given")
-    print(f"2. heal      {args.tokens:,} tokens   about {clock(args.tokens * 5 / rate)}")
-    print(f"3. evaluate  base, converted, healed   about {clock(3 * evaluated / rate)} and the task files")
+    print(f"2. heal      {settings.trained_tokens:,} tokens   about {clock(healing)}")
+    print(f"3. evaluate  base, converted, healed   about {clock(evaluating)}" + (" and the task files" if args.tasks else ""))
     print(f"Everything goes to {args.out}. Ctrl-C is safe: the same command goes on where it stopped.", flush=True)
+    return scanning + healing + evaluating
 
 
 def write_report(out: Path, report: dict, curve: dict, settings: Healing, args, layers: list[dict], seconds: float) -> None:
@@ -420,7 +445,7 @@ def write_report(out: Path, report: dict, curve: dict, settings: Healing, args, 
         f"# {Path(args.model).name}, boosted", "",
         f"Plan `{plan}`: of {len(plan)} layers, {plan.count('S')} keep softmax attention (S), {plan.count('L')} see a window of "
         f"{args.window} tokens, the first {args.sinks} and a linear-attention summary of the rest (L), {plan.count('X')} have no "
-        f"attention (X). Healed on {args.tokens:,} tokens.", "",
+        f"attention (X). Healed on {settings.trained_tokens:,} tokens.", "",
         format_table(table(report)), "",
         "KL is how far the next-token distribution is from the base model's, top-1 agreement how often both name the same token; "
         "passkey recall is how often a number hidden in a text of that many tokens is repeated. `converted` is before healing.", "",
@@ -432,7 +457,13 @@ def write_report(out: Path, report: dict, curve: dict, settings: Healing, args, 
     write_file(out / "report.json", lambda path: path.write_text(json.dumps(body, indent=1)))
     write_file(out / "report.md", lambda path: path.write_text("\n".join(lines) + "\n"))
     print("\n" + "\n".join(lines))
-    print(f'\nSaved to {out}. Try: python layerboost.py --model {out} --prompt "The capital of France is"')
+
+
+def continuation(model: Model, tokenizer: Tokenizer, valid: Tensor, prompt: int = 16, new: int = 40) -> str:
+    """Some words of the validation text as a model goes on with them, greedily, on one line."""
+    ids = valid[len(valid) // 2, None, :prompt].to(model.device)
+    start, whole = (tokenizer.decode(x[0].tolist()) for x in (ids, model.generate(ids, new)))
+    return " ".join(f"{start} >>>{whole[len(start):]}".split())
 
 
 def token_count(text: str) -> int:
@@ -446,17 +477,18 @@ def token_count(text: str) -> int:
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        usage="python layerboost.py --model MODEL [options]",
+        usage="python layerboost.py [--model MODEL] [options]",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=22, width=118),
         description="Makes a pretrained Llama-style model cheaper to serve: scan, plan, convert, heal, evaluate, save.")
 
     def add(flag: str, metavar: str | None, help: str, **options) -> None:
         parser.add_argument(flag, help=help, **({"metavar": metavar} if metavar else {}), **options)
-    add("--model", "MODEL", "is a folder in the Hub's layout or a Hub id (at --revision, default main).", required=True)
-    add("--data", "TEXT", "heals on this .txt, .jsonl, .jsonl.gz, folder or hub:DATASET/FILE. [one shard of C4]", default=C4)
+    add("--model", "MODEL", "is a folder in the Hub's layout or a Hub id (at --revision, default main). [the embedded one, with "
+        "text of its own]")
+    add("--data", "TEXT", "heals on this .txt, .jsonl, .jsonl.gz, folder or hub:DATASET/FILE. [one shard of C4]")
     add("--valid", "TEXT", "evaluates on this text. [the last documents of --data, held out]")
     add("--tasks", "FILE", "also evaluates these question files, the first --limit items of each.", nargs="+", default=[])
-    add("--tokens", "N", "heals on this many tokens, as 200k or 10M. [10M]", type=token_count, default=10_000_000)
+    add("--tokens", "N", "heals on this many tokens, as 200k or 10M. [10M]", type=token_count)
     add("--keep", "K", "keeps softmax attention in this many layers. [a third]", type=int)
     add("--drop", "N", "removes the attention of this many. [a fifth]", type=int)
     add("--planner", None, "picks them: the least summed damage, the paper's bands, or step by step.",
@@ -479,7 +511,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     for flag, kind, default in (("--revision", str, None), ("--limit", int, None), ("--max-new-tokens", int, 100),
                                 ("--temperature", float, 0.0), ("--top-k", int, None), ("--top-p", float, None)):
         add(flag, None, argparse.SUPPRESS, type=kind, default=default)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, value in (TINY_DEFAULTS if args.model is None else DEFAULTS).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
 
 
 def main(argv=None) -> int:
