@@ -4,12 +4,12 @@ S is `SoftmaxAttention`, the attention that a pretrained model comes with. L is 
 projections, and a feature map and one logit per head more. X has no module at all: the block skips its attention.
 
     y = attention(x, rotary)                        a whole sequence at once, for training and evaluation
-    y = attention(x, rotary, cache, positions, lengths)   the next T tokens of every sequence of a batch: a prefill in any
-                                                    split for T > 1, a decoding step for T = 1
+    y = attention(x, rotary, cache, positions)      the next T tokens of every sequence of a batch: a prefill in any split
+                                                    for T > 1, a decoding step for T = 1
 
 x and y are [B, T, hidden_size]; rotary is the pair (cos, sin) of `apply_rotary` for these positions. A cache belongs
-to one layer and is filled in place; positions [B] counts the tokens that each sequence has in it, and lengths [B] how
-many of the T new ones are real where a batch was padded on the right. The formulas are in kernels.py.
+to one layer and is filled in place; positions [B] counts the tokens that each sequence has in it. The formulas are in
+kernels.py.
 """
 
 import torch
@@ -36,8 +36,17 @@ class SoftmaxCache:
     """Keys and values of every token so far: 2 * G * D numbers a token."""
 
     def __init__(self, config, batch: int, max_tokens: int, dtype: torch.dtype, device):
-        shape = (batch, config.num_key_value_heads, max_tokens, config.head_dim)
+        shape = (batch, config.num_key_value_heads, 0, config.head_dim)
         self.key, self.value = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.resize(max_tokens)
+
+    def resize(self, max_tokens: int) -> None:
+        """Room for this many tokens and no more: a step reads all of it, and products of matrices want it in one piece."""
+        more = max_tokens - self.key.shape[2]
+        if more:
+            self.key, self.value = (F.pad(x, (0, 0, 0, more)).contiguous() for x in (self.key, self.value))
+            for x in (self.key, self.value):
+                torch._dynamo.mark_dynamic(x, 2)        # a compiled step is the same program for any room
 
 
 class SoftmaxAttention(nn.Module):
@@ -54,12 +63,9 @@ class SoftmaxAttention(nn.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(D, config.rms_norm_eps), RMSNorm(D, config.rms_norm_eps)
 
-    def forward(self, x, rotary, cache=None, positions=None, lengths=None) -> Tensor:
+    def forward(self, x, rotary, cache=None, positions=None) -> Tensor:
         query, key, value = self.project(x, rotary)
-        if cache is None:
-            out = self.attend(query, key, value)
-        else:
-            out = self.advance(query, key, value, cache, positions, lengths)
+        out = self.attend(query, key, value) if cache is None else self.advance(query, key, value, cache, positions)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def project(self, x: Tensor, rotary) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,9 +87,8 @@ class SoftmaxAttention(nn.Module):
     def new_cache(self, batch: int, max_tokens: int, dtype: torch.dtype, device) -> SoftmaxCache:
         return SoftmaxCache(self.config, batch, max_tokens, dtype, device)
 
-    def advance(self, query, key, value, cache: SoftmaxCache, positions: Tensor, lengths: Tensor | None) -> Tensor:
-        """[B, H, T, D] for the T tokens after `positions`. Keys of padding are written too: they lie beyond their
-        sequence's end, where no query sees them and the next token overwrites them."""
+    def advance(self, query, key, value, cache: SoftmaxCache, positions: Tensor) -> Tensor:
+        """[B, H, T, D] for the T tokens after `positions`."""
         position = positions[:, None] + torch.arange(query.shape[2], device=query.device)       # (B, T)
         stored = torch.arange(cache.key.shape[2], device=query.device)
         mask = causal_mask(position, stored, self.sliding_window)                               # (B, T, max_tokens)
@@ -176,9 +181,9 @@ class WindowLinearAttention(SoftmaxAttention):
     def new_cache(self, batch: int, max_tokens: int, dtype: torch.dtype, device) -> WindowLinearCache:
         return WindowLinearCache(self.config, batch, dtype, device)
 
-    def advance(self, query, key, value, cache: WindowLinearCache, positions: Tensor, lengths: Tensor | None) -> Tensor:
-        if query.shape[2] > 1 or lengths is not None:
-            return self.prefill(query, key, value, cache, positions, lengths)
+    def advance(self, query, key, value, cache: WindowLinearCache, positions: Tensor) -> Tensor:
+        if query.shape[2] > 1:
+            return self.prefill(query, key, value, cache, positions)
         self.push(key, value, cache, positions)
         phi_query = feature_map(query, self.config.feature_map, self.query_map) if self.features else None
         return window_linear_step(query, phi_query, self.tail_logit if self.features else None, cache.key, cache.value,
@@ -198,10 +203,9 @@ class WindowLinearAttention(SoftmaxAttention):
             cache.state.addcmul_(phi_key[..., None], old_value.float()[:, :, None])
             cache.norm.add_(phi_key)
 
-    def prefill(self, query, key, value, cache: WindowLinearCache, positions: Tensor, lengths: Tensor | None) -> Tensor:
-        """Many tokens: the parallel form from the cache's state, then the cache as it is after each sequence's last one."""
+    def prefill(self, query, key, value, cache: WindowLinearCache, positions: Tensor) -> Tensor:
+        """Many tokens: the parallel form from the cache's state, then the cache as it is after the last one."""
         window, sinks, tokens = cache.window, cache.sinks, query.shape[2]
-        lengths = torch.full_like(positions, tokens) if lengths is None else lengths
         across = lambda index, x: index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
         first, around = torch.arange(sinks, device=key.device), torch.arange(window, device=key.device)
         offset = first - positions[:, None]                                                             # (B, s)
@@ -214,11 +218,9 @@ class WindowLinearAttention(SoftmaxAttention):
         past = Past(positions, cache.key[:, :, :sinks], cache.value[:, :, :sinks], cache.state, cache.norm)
         out, phi_key = self.continue_from(past, query, key, value)
         if self.features:
-            real = (torch.arange(tokens, device=key.device) < lengths[:, None])[:, None, :, None]
-            phi_key = phi_key * real
             cache.state.add_(phi_key.transpose(-1, -2) @ value[:, :, :tokens].float())
             cache.norm.add_(phi_key.sum(2))
-        last, position = lengths[:, None] + around, (positions + lengths)[:, None] - window + around    # (B, w)
+        after = cache.slot(positions[:, None] + tokens - window + around)                               # (B, w)
         for kept, x in ((cache.key, key), (cache.value, value)):
-            kept.scatter_(2, across(cache.slot(position), kept), x.gather(2, across(last, x)))
+            kept.scatter_(2, across(after, kept), x[:, :, tokens:])
         return out

@@ -1,4 +1,4 @@
-"""Measurements. This file's `quality` asks what a conversion cost: models side by side, on the same text and questions.
+"""Measurements: what a conversion cost in quality, and what it bought in speed.
 
     python bench.py quality --model out/smollm2 --base DIR --valid FILE --tasks FILE... [--limit N]
 
@@ -7,15 +7,33 @@ alone hides what a window loses, since most words follow from the last few; so t
 length and depth: a number is hidden in long text and must be repeated at its end (arXiv 2305.16300, section 4.3).
 On tasks: multiple choice (`query`, `choices`, `gold`: the choice of the highest log-likelihood, raw and per byte),
 Winograd-style (`context_options`, `continuation`, `gold`: the context that makes the continuation likeliest), and LAMBADA
-(`context`, `continuation`: greedy decoding gives exactly the last word). The last line printed is one JSON document.
+(`context`, `continuation`: greedy decoding gives exactly the last word).
+
+    python bench.py decode   --model DIR | --shape NAME  [--plan P] --batch 16 --lengths 256,1024,4096,8192
+    python bench.py serve    --model DIR | --shape NAME  [--plan P] --concurrency 50,100,200 --prompt 256 --output 256
+    python bench.py roofline --model DIR | --shape NAME  [--plan P] --hardware a10,h100,this
+
+Serving has two phases. *Prefill* reads a prompt, all its tokens at once: its products of matrices keep the arithmetic units
+busy, and it costs operations. *Decoding* makes one token a step for each sequence, and reads all weights and all caches to do
+so: it costs bytes. The weights are shared by the batch and each sequence has a cache of its own, so at large batch and long
+context the cache is what a step's time goes into, and that is what a plan makes smaller. `roofline` counts both kinds of
+cost, `decode` and `serve` measure, and give the measured time over that floor.
+
+The last line that a command prints is one JSON document.
 """
 
 import argparse
+import importlib.util
+import itertools
 import json
 import math
+import os
 import random
+import resource
 import sys
+import tempfile
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +42,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distill import C4, pack, read_documents
-from kernels import ROWS, by_rows, logit_kl
-from model import InputError, Model, Tokenizer, load_model, load_tokenizer
+from kernels import ROWS, by_rows, feature_size, logit_kl
+from model import (CHUNK, Config, Engine, InputError, Model, Request, Tokenizer, convert, load_model, load_tokenizer,
+                   parse_plan, read_config, rotary_frequencies)
 
 RECALL_LENGTHS = (256, 512, 1024, 2048)
 RECALL_DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -233,34 +252,44 @@ def task_quality(model: Model, tokenizer: Tokenizer, path: str, limit: int | Non
     return task_accuracy(items, [[next(scored) for _ in item] for item in prompts])
 
 
-def cache_bytes(model: Model, tokens: int) -> int:
-    """What one sequence of this many tokens keeps in the cache."""
-    layers = model.new_cache(1, tokens, "meta").layers
-    return sum(x.numel() * x.element_size() for layer in layers if layer for x in vars(layer).values()
-               if isinstance(x, Tensor))
-
-
-@torch.inference_mode()
-def decode_rates(models: dict[str, Model], batch: int = 32, context: int = 1024, steps: int = 12) -> dict[str, float]:
-    """{name: tokens/s} of decoding: `batch` sequences that hold about `context` tokens each, one token a step for all of
-    them, from the median of the steps. The models take turns, so that all meet the same machine. What the caches hold
-    does not change the cost: they start out as zeros."""
-    caches, times = {}, {name: [] for name in models}
-    for name, model in models.items():
-        caches[name] = model.new_cache(batch, context)
-        caches[name].positions += context - steps - 1
-    token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
-    for _ in range(steps + 1):
-        for name, model in models.items():
-            start = time.perf_counter()
-            model(token, caches[name]).argmax(-1).tolist()
-            times[name].append(time.perf_counter() - start)
-    return {name: batch / sorted(seconds[1:])[steps // 2] for name, seconds in times.items()}
-
-
 def mean(values) -> float:
     values = list(values)
     return sum(values) / len(values)
+
+
+def median(values) -> float:
+    return quantile(values, 0.5)
+
+
+def quantile(values, share: float) -> float:
+    return sorted(values)[int(share * (len(values) - 1) + 0.5)]
+
+
+# --- speed -------------------------------------------------------------------------------------------------------
+
+def cache_bytes(model: Model, tokens: int) -> int:
+    """What one sequence of this many tokens keeps in the cache."""
+    return model.new_cache(1, tokens, "meta").bytes
+
+
+@torch.inference_mode()
+def decode_times(engines: dict[str, Engine], context: int, steps: int = 12) -> dict[str, list[float]]:
+    """{name: seconds of each step, sorted}, all slots live and holding about `context` tokens. The engines take turns, so that
+    all meet the same machine. What the caches hold does not change the cost: zeros here."""
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for engine in engines.values():
+        engine.live = [Request(torch.zeros(context), 1)] * len(engine.live)
+        engine.cache.positions.fill_(context - steps - 3)
+        engine.taken.fill_(1)
+    for step in range(steps + 2):                                               # two to warm up
+        for name, engine in engines.items():
+            start = time.perf_counter()
+            engine.step().tolist()
+            times[name] += [time.perf_counter() - start] * (step >= 2)
+    for engine in engines.values():
+        engine.live = [None] * len(engine.live)
+        engine.cache.positions.zero_(), engine.taken.zero_()
+    return {name: sorted(seconds) for name, seconds in times.items()}
 
 
 # --- side by side ------------------------------------------------------------------------------------------------
@@ -270,12 +299,12 @@ def evaluate(models: dict[str, Model], base: Model, tokenizer: Tokenizer, valid:
     """The figures of every model under its name: plan, perplexity, bits_per_byte, kl, agreement, recall, recall_by_depth,
     tasks, cache_bytes and decode_tokens_per_second. valid [N, T] ids is the text, and what the passkeys are hidden in."""
     report = {name: {"plan": model.plan} for name, model in models.items()}
-    rates = decode_rates(models)
+    times = decode_times({name: Engine(model, 32) for name, model in models.items()}, 1024)
     for name, figures in text_quality(models, base, tokenizer, valid).items():
         report[name] |= figures
     for name, model in models.items():
         report[name]["cache_bytes"] = {str(tokens): cache_bytes(model, tokens) for tokens in (1024, 8192)}
-        report[name]["decode_tokens_per_second"] = rates[name]
+        report[name]["decode_tokens_per_second"] = 32 / median(times[name])
         reach = [length for length in lengths if length <= model.config.max_position_embeddings]
         report[name] |= passkey_recall(model, tokenizer, valid, reach)
         report[name]["tasks"] = {Path(path).stem: task_quality(model, tokenizer, path, limit) for path in tasks}
@@ -331,25 +360,320 @@ def quality(args) -> dict:
     return report
 
 
+# --- the floor ---------------------------------------------------------------------------------------------------
+
+@dataclass
+class Hardware:
+    bandwidth: float        # bytes/s from memory
+    rate: float             # bf16 operations/s, a multiplication and an addition being two
+    memory: float           # bytes
+
+
+HARDWARE = {"a10": Hardware(600e9, 125e12, 24e9), "h100": Hardware(3.35e12, 989e12, 80e9)}     # NVIDIA's data sheets
+
+
+def measure_hardware(device: str, dtype: torch.dtype) -> Hardware:
+    """This machine's copying bandwidth and its rate of multiplying matrices, the best of several tries."""
+    def best(run) -> float:
+        seconds = []
+        for _ in range(6):
+            start = time.perf_counter()
+            run()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+    source, a = torch.ones(2**28, dtype=torch.uint8, device=device), torch.ones(2048, 2048, dtype=dtype, device=device)
+    target = torch.empty_like(source)
+    memory = torch.cuda.mem_get_info()[1] if device.startswith("cuda") else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Hardware(2 * source.numel() / best(lambda: target.copy_(source)), 2 * 2048**3 / best(lambda: a @ a), memory)
+
+
+def step_costs(config: Config, batch: int, context: int) -> dict[str, tuple[float, float]]:
+    """{part: (bytes, operations)} of one decoding step in bf16 for `batch` sequences that hold `context` tokens each.
+
+    Weights and head are read once for all. A softmax layer reads 2 G D numbers for every token of every sequence; an L layer
+    those of its window and sinks, and it reads and writes S and z, G F (D + 1) float32 numbers.
+    """
+    c, S, L = config, config.plan.count("S"), config.plan.count("L")
+    H, G, D, features = c.num_attention_heads, c.num_key_value_heads, c.head_dim, feature_size(c.feature_map, c.head_dim)
+    attention, mlp, head = 2 * (H + G) * D * c.hidden_size, 3 * c.hidden_size * c.intermediate_size, c.vocab_size * c.hidden_size
+    weights = (S + L) * attention + len(c.plan) * mlp
+    local, state = min(context, c.window + c.sinks), features * (D + 1)
+    maps = L * (H + G) * D * D if features else 0
+    return {"weights": (2 * weights + 4 * maps, 2 * (weights + maps) * batch),
+            "softmax cache": (S * batch * context * 4 * G * D, S * batch * context * 4 * H * D),
+            "window": (L * batch * local * 4 * G * D, L * batch * local * 4 * H * D),
+            "state": (L * batch * 8 * G * state, L * batch * 2 * (G + H) * state),
+            "head": (2 * head, 2 * head * batch)}
+
+
+def prefill_operations(config: Config, tokens: int) -> float:
+    """For a prompt of `tokens`: the operations of a step for each token at half the context, its head for the last one only."""
+    costs = step_costs(config, 1, tokens // 2)
+    return tokens * sum(operations for part, (_, operations) in costs.items() if part != "head") + costs["head"][1]
+
+
+def floor_seconds(costs: dict, hardware: Hardware) -> float:
+    """The parts run one after the other, each for as long as its bytes or its operations take, whichever is longer."""
+    return sum(max(size / hardware.bandwidth, operations / hardware.rate) for size, operations in costs.values())
+
+
+def weight_bytes(model: Model) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def fitting_slots(model: Model, tokens: int, memory: float) -> int:
+    """How many sequences of this many tokens fit beside the weights. Raises InputError where none does."""
+    slots = int((memory - weight_bytes(model)) // cache_bytes(model, tokens))
+    if slots < 1:
+        raise InputError(f"--memory: {memory / 2**30:.1f} GiB hold the weights ({weight_bytes(model) / 2**30:.1f} GiB) and no "
+                         f"sequence of {tokens} tokens; give more")
+    return slots
+
+
+# --- the speed commands ------------------------------------------------------------------------------------------
+
+SHAPES = {      # hidden_size, intermediate_size, layers, heads, key/value heads, head_dim, vocab_size, tied head
+    "smollm2-135m": (576, 1536, 30, 9, 3, 64, 49152, True), "llama3.2-1b": (2048, 8192, 16, 32, 8, 64, 128256, True),
+    "llama3.2-3b": (3072, 8192, 28, 24, 8, 128, 128256, True), "llama3.1-8b": (4096, 14336, 32, 32, 8, 128, 128256, False),
+    "qwen2.5-7b": (3584, 18944, 28, 28, 4, 128, 152064, False)}
+
+
+def build_shape(name: str, dtype: torch.dtype, device: str) -> Model:
+    """A known architecture with random weights: as fast as the real one."""
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+            "vocab_size", "tie_word_embeddings")
+    raw = dict(zip(keys, SHAPES[name])) | {"model_type": "qwen2" if "qwen" in name else "llama", "rms_norm_eps": 1e-5}
+    with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
+        (Path(folder) / "config.json").write_text(json.dumps(raw))
+        model = Model(read_config(Path(folder)))
+    weights = {name: torch.empty_like(p, dtype=dtype, device=device).normal_(std=0.02) for name, p in model.named_parameters()}
+    model.load_state_dict(weights, assign=True)
+    model.frequencies = rotary_frequencies(model.config).to(device)
+    return model.requires_grad_(False)
+
+
+def load_pair(args) -> tuple[dict[str, Model], Hardware]:
+    """{"dense": the model, "converted": its weights under --plan, the tails untrained, which no time shows}; this machine."""
+    if bool(args.shape) == bool(args.model):
+        raise InputError("--model, --shape: give one of the two")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        raise InputError("--plot: needs matplotlib; pip install matplotlib, or leave --plot out")
+    device = pick_device(args.device)
+    dtype = getattr(torch, args.dtype or pick_dtype(device))
+    torch.manual_seed(0)
+    dense = build_shape(args.shape, dtype, device) if args.shape else load_model(args.model, dtype=dtype, device=device)
+    if set(dense.plan) != {"S"}:
+        raise InputError(f"--model {args.model}: is converted already; give the original, and --plan {dense.plan}")
+    n, few = len(dense.layers), round(len(dense.layers) * 4 / 15)               # of SmolLM2's 30 layers 8
+    plan = parse_plan(args.plan, n) if args.plan else "S" * few + "L" * (n - 2 * few) + "X" * few
+    this = measure_hardware(device, dtype)
+    print(f"{args.shape or args.model}, {str(dtype)[6:]} on {device}, {torch.get_num_threads()} threads; copies at {this.bandwidth / 1e9:,.1f} "
+          f"GB/s, multiplies matrices at {this.rate / 1e12:,.3f} Tflop/s\nconverted: {plan}", flush=True)
+    return {"dense": dense, "converted": convert(dense, plan, args.window, args.sinks)}, this
+
+
+def decode(args) -> list[dict]:
+    """The `decode` command: steps of a full batch at each length, dense and converted in turn, and prompts read alone."""
+    models, this = load_pair(args)
+    engines = {name: Engine(model, args.batch, compiled=not args.no_compile) for name, model in models.items()}
+    report = []
+    for length in args.lengths:
+        times = decode_times(engines, length, args.steps)
+        for name, model in models.items():
+            step, floor = median(times[name]), floor_seconds(step_costs(model.config, args.batch, length), this)
+            report.append({"context": length, "model": name, "step_ms": step * 1e3, "tokens_per_second": args.batch / step,
+                           "quartiles_ms": [quantile(times[name], q) * 1e3 for q in (0.25, 0.75)],
+                           "gain": median(times["dense"]) / step, "floor_ms": floor * 1e3, "over_floor": step / floor,
+                           "cache_mib": cache_bytes(model, length) / 2**20,
+                           "prefill_tokens_per_second": length / prefill_seconds(model, length)})
+    print_figures(report, {"context": "{context:,}", "": "{model}", "ms a step": "{step_ms:.2f}", "quartiles": "{quartiles_ms[0]:.2f} to "
+                           "{quartiles_ms[1]:.2f}", "tokens/s": "{tokens_per_second:,.0f}", "gain": "{gain:.2f}", "over floor": "{over_floor:.2f}",
+                           "cache MiB/sequence": "{cache_mib:.2f}", "prefill tokens/s": "{prefill_tokens_per_second:,.0f}"})
+    print(peak_memory())
+    plot(args.plot, report, "context", "step_ms", f"milliseconds a step, batch {args.batch}")
+    return report
+
+
+@torch.inference_mode()
+def prefill_seconds(model: Model, tokens: int) -> float:
+    """A prompt read as the engine reads one, in chunks."""
+    cache, ids = model.new_cache(1, tokens), torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
+    start = time.perf_counter()
+    for chunk in ids.split(CHUNK, dim=1):
+        hidden = model.hidden(chunk, cache)
+    hidden[0, -1].tolist()                      # waits for the device
+    return time.perf_counter() - start
+
+
+def serve(args) -> list[dict]:
+    """The `serve` command: a closed loop of clients, each sending its next request when its last is answered."""
+    models, this = load_pair(args)
+    longest = args.prompt + args.prompt // 4 + args.output + args.output // 4
+    report: list[dict] = []
+    for clients in args.concurrency:
+        for name, model in models.items():
+            slots = min(clients, fitting_slots(model, longest, args.memory)) if args.memory else clients
+            engine = Engine(model, slots, compiled=not args.no_compile)
+            decode_times({name: engine}, args.prompt, 1)                # compiles
+            figures = serve_requests(engine, clients, make_requests(args, clients, model))
+            step = floor_seconds(step_costs(model.config, slots, args.prompt + args.output // 2), this)
+            floor = args.output / (prefill_operations(model.config, args.prompt) / this.rate + args.output * step / slots)
+            rate = figures["tokens_per_second"]
+            report.append({"clients": clients, "model": name, "slots": slots, **figures, "over_floor": floor / rate,
+                           "gain": 1.0 if name == "dense" else rate / report[-1]["tokens_per_second"],
+                           "memory_gib": (weight_bytes(model) + slots * cache_bytes(model, longest)) / 2**30})
+    print_figures(report, {"clients": "{clients}", "": "{model}", "slots": "{slots}", "output tokens/s": "{tokens_per_second:,.0f}",
+                           "gain": "{gain:.2f}", "over floor": "{over_floor:.2f}", "first token s, p50": "{first_token_s[0]:.2f}",
+                           "p95": "{first_token_s[1]:.2f}", "ms a token, p50": "{per_token_ms[0]:.1f}", " p95": "{per_token_ms[1]:.1f}",
+                           "weights, caches GiB": "{memory_gib:.2f}"})
+    print(peak_memory())
+    plot(args.plot, report, "clients", "tokens_per_second", "output tokens/s")
+    return report
+
+
+def make_requests(args, clients: int, model: Model) -> list[Request]:
+    """Prompts of random ids; lengths of prompt and output drawn from a quarter below their means to a quarter above."""
+    draw, generator = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
+    about = lambda mean: draw.randint(mean - mean // 4, mean + mean // 4)
+    prompt = lambda: torch.randint(model.config.vocab_size, (about(args.prompt),), generator=generator).to(model.device)
+    return [Request(prompt(), about(args.output)) for _ in range(args.requests or clients)]
+
+
+def serve_requests(engine: Engine, clients: int, requests: list[Request]) -> dict:
+    """Output tokens/s, and p50 and p95 of the time from sending a request to its first token, and of that between tokens."""
+    waiting, later = deque(requests[:clients]), deque(requests[clients:])
+    start = time.perf_counter()
+    sent, first, last = {request: start for request in waiting}, {}, {}
+    with tqdm(total=sum(r.max_new_tokens for r in requests), unit="token", desc=f"{clients} clients", leave=False) as bar:
+        for request in engine.run(waiting):
+            last[request] = time.perf_counter()
+            first.setdefault(request, last[request])
+            bar.update()
+            if request.done and later:
+                sent[later[0]] = last[request]
+                waiting.append(later.popleft())
+    between = [1e3 * (last[r] - first[r]) / max(1, len(r.output) - 1) for r in requests]
+    percentiles = lambda values: [quantile(values, q) for q in (0.5, 0.95)]
+    return {"tokens_per_second": bar.total / (max(last.values()) - start), "requests": len(requests),
+            "first_token_s": percentiles([first[r] - sent[r] for r in requests]), "per_token_ms": percentiles(between)}
+
+
+def roofline(args) -> dict:
+    """The `roofline` command: what a step costs by part, and what a plan can gain, before anything is run."""
+    models, this = load_pair(args)
+    report: dict = {}
+    for name in args.hardware:
+        if name not in (*HARDWARE, "this"):
+            raise InputError(f"--hardware {name}: give some of {', '.join(HARDWARE)}, this")
+        hardware, parts, gains = HARDWARE.get(name, this), [], []
+        memory = min(args.memory or math.inf, hardware.memory)
+        print(f"\n{name}: {hardware.bandwidth / 1e9:,.0f} GB/s, {hardware.rate / 1e12:,.2f} Tflop/s, {memory / 1e9:,.0f} GB; a step of "
+              f"{args.batch} sequences of {args.lengths[0]:,} tokens:")
+        for kind, model in models.items():
+            costs = step_costs(model.config, args.batch, args.lengths[0])
+            costs["prefill, a token"] = 0, prefill_operations(model.config, args.lengths[0]) / args.lengths[0]
+            parts += [{"part": part, "model": kind, "mb": cost[0] / 1e6, "mflop": cost[1] / 1e6, "ms": 1e3 * floor_seconds({part: cost}, hardware)}
+                      for part, cost in costs.items()]
+        print_figures(parts, {"part": "{part}", "": "{model}", "MB": "{mb:,.1f}", "Mflop": "{mflop:,.1f}", "ms": "{ms:,.3f}"})
+        for clients, context in itertools.product(args.concurrency, args.lengths):
+            for kind, model in models.items():
+                slots = min(clients, fitting_slots(model, context, memory))
+                step, half = (floor_seconds(step_costs(model.config, slots, n), hardware) for n in (context, context * 3 // 4))
+                prompt = prefill_operations(model.config, context // 2) / hardware.rate / (context // 2)
+                figures = {"decode": slots / step, "served": 1 / (prompt + half / slots)}
+                base = gains[-1] if kind == "converted" else figures
+                gains.append({"clients": clients, "context": context, "model": kind, "slots": slots, **figures,
+                              "gain": figures["decode"] / base["decode"], "served_gain": figures["served"] / base["served"]})
+        print_figures(gains, {"clients": "{clients}", "context": "{context:,}", "": "{model}", "slots": "{slots}", "decode tokens/s": "{decode:,.0f}",
+                              "gain": "{gain:.2f}", "served, half prompt half output": "{served:,.0f}", " gain": "{served_gain:.2f}"})
+        report[name] = {"parts": parts, "gains": gains}
+    most = [figures for figures in report[args.hardware[0]]["gains"] if figures["clients"] == max(args.concurrency)]
+    plot(args.plot, most, "context", "decode", f"tokens/s at the floor of {args.hardware[0]}, {max(args.concurrency)} clients")
+    return report
+
+
+def print_figures(report: list[dict], columns: dict[str, str]) -> None:
+    """A row for each dict; columns are {head: format}."""
+    print(format_table([list(columns)] + [[form.format(**figures) for form in columns.values()] for figures in report]))
+
+
+def peak_memory() -> str:
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"peak memory, of the GPU or else of this process, {peak / 2**30:.2f} GiB"
+
+
+def plot(path: str | None, report: list[dict], x: str, y: str, label: str) -> None:
+    if path:
+        from matplotlib import pyplot
+        for kind in ("dense", "converted"):
+            points = sorted((figures[x], figures[y]) for figures in report if figures["model"] == kind)
+            pyplot.plot(*zip(*points), marker="o", label=kind)
+        pyplot.xlabel(x), pyplot.ylabel(label), pyplot.ylim(0), pyplot.legend(), pyplot.grid(alpha=0.3)
+        pyplot.savefig(path, dpi=150, bbox_inches="tight")
+
+
+# --- command line ------------------------------------------------------------------------------------------------
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def memory_size(text: str) -> float:
+    """24GiB, or 24GB"""
+    for unit, size in (("GiB", 2**30), ("GB", 1e9)):
+        if text.endswith(unit):
+            return float(text.removesuffix(unit)) * size
+    raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 24GiB or 24GB")
+
+
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description="Measures models: what a conversion cost.")
+    parser = argparse.ArgumentParser(description="Measures models: what a conversion cost, and what it bought.")
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("quality", help="text, tasks and passkey recall, side by side").add_argument
-    add("--model", required=True, help="a folder or Hub id")
+
+    def command(name: str, help: str):
+        add = commands.add_parser(name, help=help).add_argument
+        add("--model", required=name == "quality", help="a folder or Hub id")
+        add("--device", help="cpu or cuda [the GPU when there is one]")
+        add("--dtype", choices=("bfloat16", "float32"), help="[bfloat16 where it is faster here]")
+        if name != "quality":
+            add("--shape", choices=SHAPES, help="instead of --model: this architecture with random weights")
+            add("--plan", help="letters, or uniform:L [4/15 of the layers S, 4/15 X, the others L]")
+            add("--window", type=int, default=64, help="[64]")
+            add("--sinks", type=int, default=4, help="[4]")
+            add("--batch", type=int, default=16, help="sequences of a step [16]")
+            add("--memory", type=memory_size, help="for weights and caches together, as 24GiB")
+            add("--concurrency", type=numbers, default=[50, 100, 200], help="[50,100,200]")
+            add("--plot", help="draw the figures into this file, with matplotlib")
+        if name in ("decode", "serve"):
+            add("--no-compile", action="store_true", help="run the steps eagerly")
+        return add
+    add = command("quality", "text, tasks and passkey recall, side by side")
     add("--base", help="the original to compare with")
     add("--valid", default=C4, help="a .txt, .jsonl, .jsonl.gz, folder or hub:DATASET/FILE [one shard of C4]")
     add("--sequences", type=int, default=32, help="how many sequences of 1,024 tokens of it [32]")
     add("--tasks", nargs="+", default=[], help="question files")
     add("--limit", type=int, help="only the first items of each")
-    add("--device", help="cpu or cuda [the GPU when there is one]")
-    add("--dtype", choices=("bfloat16", "float32"), help="[bfloat16 where it is faster here]")
+    add = command("decode", "milliseconds a step, dense and converted")
+    add("--lengths", type=numbers, default=[256, 1024, 4096, 8192], help="tokens that each sequence holds [256,1024,4096,8192]")
+    add("--steps", type=int, default=20, help="measured at each length [20]")
+    add = command("serve", "throughput and latency of concurrent requests")
+    add("--prompt", type=int, default=256, help="tokens of a prompt, give or take a quarter [256]")
+    add("--output", type=int, default=256, help="new tokens of a request, give or take a quarter [256]")
+    add("--requests", type=int, help="in all [one for each client]")
+    add("--seed", type=int, default=0, help="draws prompts and lengths [0]")
+    add = command("roofline", "bytes, operations, floor and predicted gain")
+    add("--hardware", type=lambda text: text.split(","), default=[*HARDWARE, "this"], help="[a10,h100,this]")
+    add("--lengths", type=numbers, default=[2048, 512, 8192], help="contexts; costs by part at the first [2048,512,8192]")
     args = parser.parse_args(argv)
     try:
-        report = quality(args)
+        report = {"quality": quality, "decode": decode, "serve": serve, "roofline": roofline}[args.command](args)
     except InputError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    print(json.dumps({"command": args.command, **vars(args), "report": report}))
+    print(json.dumps({**vars(args), "report": report}))
     return 0
 
 

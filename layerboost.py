@@ -289,9 +289,9 @@ def generate_text(model: Model, tokenizer: Tokenizer, args) -> None:
         raise InputError("--prompt is empty; give it some text")
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")       # a character may span several tokens
 
-    def show(token: Tensor) -> None:
-        if int(token) not in model.config.eos_token_ids:
-            print(decoder.decode(tokenizer.decode_bytes([int(token)])), end="", flush=True)
+    def show(row: int, token: int) -> None:
+        if token not in model.config.eos_token_ids:
+            print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
     print(args.prompt, end="", flush=True)
     model.generate(torch.tensor([ids], device=model.device), args.max_new_tokens, args.temperature, args.top_k, args.top_p,
                    args.seed, on_token=show)

@@ -15,6 +15,7 @@ import math
 import os
 import re
 import unicodedata
+from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from attention import RMSNorm, SoftmaxAttention, WindowLinearAttention
+from attention import RMSNorm, SoftmaxAttention, SoftmaxCache, WindowLinearAttention
 from kernels import FEATURE_MAPS
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
@@ -184,9 +185,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary, cache=None, positions=None, lengths=None) -> Tensor:
+    def forward(self, x: Tensor, rotary, cache=None, positions=None) -> Tensor:
         if self.self_attn is not None:
-            x = x + self.self_attn(self.input_layernorm(x), rotary, cache, positions, lengths)
+            x = x + self.self_attn(self.input_layernorm(x), rotary, cache, positions)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -200,6 +201,25 @@ class Cache:
     """One entry per layer (None for X), and how many tokens each sequence has so far, [B]."""
     layers: list
     positions: Tensor
+
+    def resize(self, max_tokens: int) -> None:
+        """Room for this many tokens a sequence in the softmax layers; the others need none."""
+        for layer in self.layers:
+            if isinstance(layer, SoftmaxCache):
+                layer.resize(max_tokens)
+
+    def put(self, slot: int, other: "Cache") -> None:
+        """The one sequence of `other`, which has no more room, becomes sequence `slot` of this one."""
+        self.positions[slot] = other.positions[0]
+        for mine, its in zip(self.layers, other.layers):
+            for name, x in vars(its).items() if its else ():
+                if isinstance(x, Tensor):
+                    getattr(mine, name)[slot, :, :x.shape[2]] = x[0]
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for layer in self.layers if layer for x in vars(layer).values()
+                   if isinstance(x, Tensor))
 
 
 class Model(nn.Module):
@@ -228,26 +248,25 @@ class Model(nn.Module):
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
-    def forward(self, ids: Tensor, cache: Cache | None = None, lengths: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """ids [B, T] int64 -> logits [B, T, V]. With a cache the T tokens go on from what it holds, and it is filled in
-        place; lengths [B] says how many of them are real where shorter sequences were padded on the right."""
-        return self.hidden(ids, cache, lengths) @ self.head.T
+        place."""
+        return self.hidden(ids, cache) @ self.head.T
 
-    def hidden(self, ids: Tensor, cache: Cache | None = None, lengths: Tensor | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """The same up to the head: [B, T, hidden_size] after the final norm."""
-        x = self.run_layers(self.embed_tokens(ids), 0, len(self.layers), cache, lengths)
+        x = self.run_layers(self.embed_tokens(ids), 0, len(self.layers), cache)
         if cache is not None:
-            cache.positions += ids.shape[1] if lengths is None else lengths
+            cache.positions += ids.shape[1]
         return self.norm(x)
 
-    def run_layers(self, x: Tensor, first: int, last: int, cache: Cache | None = None,
-                   lengths: Tensor | None = None) -> Tensor:
+    def run_layers(self, x: Tensor, first: int, last: int, cache: Cache | None = None) -> Tensor:
         """Layers first..last-1 on a residual stream x [B, T, hidden_size]."""
         block = compiled_block if cache is None and x.shape[:2] in self.compiled_shapes else Block.forward
         positions = None if cache is None else cache.positions
         rotary = self.rotary(x.shape[1], positions)
         for layer in range(first, last):
-            x = block(self.layers[layer], x, rotary, cache and cache.layers[layer], positions, lengths)
+            x = block(self.layers[layer], x, rotary, cache and cache.layers[layer], positions)
         return x
 
     def rotary(self, tokens: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -264,39 +283,27 @@ class Model(nn.Module):
         layers = [layer.self_attn and layer.self_attn.new_cache(batch, max_tokens, dtype, device) for layer in self.layers]
         return Cache(layers, torch.zeros(batch, dtype=torch.int64, device=device))
 
-    @torch.inference_mode()
     def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
                  top_p: float | None = None, seed: int | None = None, lengths: Tensor | None = None,
                  on_token=None) -> Tensor:
         """ids [B, T], shorter prompts padded on the right with their `lengths` [B] given -> [B, T + max_new_tokens].
 
-        A row's new tokens follow its own prompt; after an end-of-text token the row is filled with it. temperature 0 is
-        greedy; otherwise tokens are drawn from the `top_k` likeliest, or the smallest set that holds `top_p` of the
-        probability (arXiv 1904.09751). `on_token(ids [B])` is called after every step.
+        A row's new tokens follow its own prompt; what follows the last of them is filled with it, an end-of-text token in
+        most cases. temperature 0 is greedy; otherwise tokens are drawn from the `top_k` likeliest, or the smallest set that
+        holds `top_p` of the probability (arXiv 1904.09751). `on_token(row, id)` is called for every new token.
         """
-        batch, prompt = ids.shape
-        lengths = torch.full((batch,), prompt, device=ids.device) if lengths is None else lengths
-        cache = self.new_cache(batch, prompt + max_new_tokens)
         generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
-        eos = torch.tensor(self.config.eos_token_ids, dtype=torch.int64, device=ids.device)
-        row = torch.arange(batch, device=ids.device)
-        done = torch.zeros(batch, dtype=torch.bool, device=ids.device)
-        out = F.pad(ids, (0, max_new_tokens))
-        hidden = self.hidden(ids, cache, lengths)[row, lengths - 1]
-        for step in range(max_new_tokens):
-            token = sample(hidden @ self.head.T, temperature, top_k, top_p, generator)
-            if step:
-                token = torch.where(done, out[row, lengths + step - 1], token)
-            out[row, lengths + step] = token
-            done |= torch.isin(token, eos)
+        engine = Engine(self, len(ids), lambda logits: sample(logits, temperature, top_k, top_p, generator))
+        lengths = [ids.shape[1]] * len(ids) if lengths is None else lengths.tolist()
+        requests = [Request(row[:length], max_new_tokens, self.config.eos_token_ids) for row, length in zip(ids, lengths)]
+        for request in engine.run(deque(requests)):
             if on_token:
-                on_token(token)
-            if done.all():
-                break
-            if step + 1 < max_new_tokens:
-                hidden = self.hidden(token[:, None], cache)[:, 0]
-        after = torch.arange(out.shape[1], device=ids.device) > (lengths + step)[:, None]
-        return torch.where(after, out[row, lengths + step][:, None], out)
+                on_token(requests.index(request), request.output[-1])
+        out = F.pad(ids, (0, max_new_tokens))
+        for row, length, request in zip(out, lengths, requests):
+            row[length:] = request.output[-1]
+            row[length:length + len(request.output)] = torch.tensor(request.output)
+        return out
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator) -> Tensor:
@@ -327,6 +334,112 @@ def rotary_frequencies(config: Config) -> Tensor:
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return keep * frequency + (1 - keep) * frequency / rope["factor"]
     return frequency
+
+
+# --- decoding engine ---------------------------------------------------------------------------------------------
+
+BUCKET = 256        # softmax caches have room for a multiple of this many tokens
+CHUNK = 512         # tokens of a prompt that are prefilled between two steps
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt [T] and how many tokens are to follow it; fewer where one of `stop` comes first."""
+    prompt: Tensor
+    max_new_tokens: int
+    stop: tuple[int, ...] = ()
+    output: list[int] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        return len(self.output) >= self.max_new_tokens or self.output[-1] in self.stop
+
+
+class Engine:
+    """Decodes many requests at once: continuous batching (Orca, OSDI 2022).
+
+    A step gives each of `slots` sequences its next token, every one at its own position, and the slot of a finished one goes
+    to the next request at once. A prompt is prefilled in a cache of its own, a chunk between two steps so that the others
+    need not wait long, and then moves into its slot; so a free slot may hold anything. All steps have the same shape but for
+    the room in the softmax caches, which is that of the longest live sequence, rounded up to BUCKET.
+
+    `pick(logits [B, V]) -> ids [B]` chooses the tokens, by default the likeliest. `compiled` runs the steps through
+    torch.compile: once for all lengths, but a minute for 30 layers, so it is for long service.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: Model, slots: int, pick=lambda logits: logits.argmax(-1), compiled: bool = False):
+        self.model, self.pick = model, pick
+        self.decode = compile_decode(model.device) if compiled else decode
+        self.cache = model.new_cache(slots, BUCKET)
+        self.live: list[Request | None] = [None] * slots
+        self.token = torch.zeros(slots, dtype=torch.int64, device=model.device)     # the last one of each sequence
+        self.taken = torch.zeros_like(self.token)                                   # 1 where a sequence is live
+
+    @torch.inference_mode()
+    def run(self, waiting: deque[Request]):
+        """Serves the requests until none is left, those put into `waiting` meanwhile too. Yields a request after each token
+        that joins its output."""
+        request = None                                                              # the one whose prompt is being read
+        while waiting or request or any(self.live):
+            if waiting and not request and None in self.live:
+                request = waiting.popleft()
+                staged = self.model.new_cache(1, round_up(len(request.prompt)))
+                chunks = deque(request.prompt[None].split(CHUNK, dim=1))
+            if request:
+                hidden = self.model.hidden(chunks.popleft(), staged)[:, -1]
+                if not chunks:
+                    slot = self.admit(request, staged)
+                    self.token[slot] = self.pick(hidden @ self.model.head.T)
+                    yield self.append(slot, int(self.token[slot]))
+                    request = None
+            if any(self.live):
+                for slot, token in enumerate(self.step().tolist()):
+                    if self.live[slot]:
+                        yield self.append(slot, token)
+
+    def admit(self, request: Request, staged: Cache) -> int:
+        """Moves a prompt's cache into a free slot, and returns which."""
+        slot = self.live.index(None)
+        self.live[slot], self.taken[slot] = request, 1
+        self.make_room()
+        self.cache.put(slot, staged)
+        return slot
+
+    def make_room(self) -> None:
+        self.cache.resize(round_up(max(len(r.prompt) + len(r.output) for r in self.live if r)))
+
+    def step(self) -> Tensor:
+        """The next token of every slot, [slots]; a free one's means nothing."""
+        self.make_room()
+        self.token = self.pick(self.decode(self.model, self.token, self.cache.layers, self.cache.positions))
+        self.cache.positions += self.taken
+        return self.token
+
+    def append(self, slot: int, token: int) -> Request:
+        request = self.live[slot]
+        request.output.append(token)
+        if request.done:
+            self.live[slot], self.taken[slot], self.cache.positions[slot] = None, 0, 0
+        return request
+
+
+def round_up(tokens: int) -> int:
+    return -(-tokens // BUCKET) * BUCKET
+
+
+def decode(model: Model, token: Tensor, layers: list, positions: Tensor) -> Tensor:
+    """One step of every sequence: its last token [B] and position [B] -> logits [B, V]; fills the caches of `layers`."""
+    x = model.run_layers(model.embed_tokens(token[:, None]), 0, len(model.layers), Cache(layers, positions))
+    return model.norm(x)[:, 0] @ model.head.T
+
+
+def compile_decode(device: torch.device):
+    """On a GPU, CUDA graphs. On a CPU the weights become constants, laid out once as the products of matrices want them, and
+    those that share an input as one (query, key and value; gate and up): a second copy of them in memory."""
+    if device.type == "cuda":
+        return torch.compile(decode, mode="reduce-overhead")
+    return torch.compile(decode, options={"freezing": True, "cpp.enable_concat_linear": True})
 
 
 # --- conversion and weights --------------------------------------------------------------------------------------

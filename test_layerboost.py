@@ -8,6 +8,7 @@ import math
 import os
 import random
 import signal
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ import layerboost
 import model as model_module
 from golden.make_golden import CONFIGS, NASTY, SMALL, formula_weight, golden_ids
 from kernels import Past, feature_map, naive_window_linear_attention, window_linear_attention
-from model import InputError, convert, load_model, load_tokenizer, read_config, save_model
+from model import Engine, InputError, Request, convert, load_model, load_tokenizer, read_config, save_model
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -162,7 +163,7 @@ def layer_of(kind: str, window: int, sinks: int, tier=attention.WindowLinearAtte
     return layer.requires_grad_(False), model_module.rotary_frequencies(config)
 
 
-def run_layer(layer, frequencies, x, splits=None, lengths=None, dtype=torch.float32):
+def run_layer(layer, frequencies, x, splits=None, dtype=torch.float32):
     """x through the layer at once (splits None) or in pieces of these sizes through a cache."""
     def rotary(positions):
         angle = positions[:, None, :, None] * frequencies
@@ -171,7 +172,7 @@ def run_layer(layer, frequencies, x, splits=None, lengths=None, dtype=torch.floa
         return layer(x, rotary(torch.arange(x.shape[1])[None]))
     cache, positions, pieces = layer.new_cache(x.shape[0], x.shape[1], dtype, "cpu"), torch.zeros(x.shape[0], dtype=torch.int64), []
     for piece in x.split(splits, dim=1):
-        pieces.append(layer(piece, rotary(positions[:, None] + torch.arange(piece.shape[1])), cache, positions, lengths))
+        pieces.append(layer(piece, rotary(positions[:, None] + torch.arange(piece.shape[1])), cache, positions))
         positions = positions + piece.shape[1]
     return torch.cat(pieces, 1)
 
@@ -296,6 +297,57 @@ def test_batches_of_different_lengths_equal_each_alone(llama):
         assert alone[0, :step_by_step.shape[1]].tolist() == step_by_step[0].tolist()
 
 
+def requests_of(count, seed=0):
+    """Prompts of 1 to 60 tokens with 1 to 40 to follow; as a small vocabulary meets its end of text, some stop early."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    return [Request(torch.randint(0, 700, (draw.randint(1, 60),), generator=generator), draw.randint(1, 40), (5, 6, 7)) for _ in range(count)]
+
+
+def test_continuous_batching_is_exact(llama, monkeypatch):
+    """40 requests through 7 slots, half of them sent later, give what each gives alone and what the whole model says."""
+    monkeypatch.setattr(model_module, "BUCKET", 16)
+    monkeypatch.setattr(model_module, "CHUNK", 13)
+    model, requests, alone = boosted(llama), requests_of(40), requests_of(40)
+    engine, later = Engine(model, 7), requests[20:]
+    waiting, rooms, tokens = deque(requests[:20]), set(), 0
+    for request in engine.run(waiting):
+        rooms.add(engine.cache.layers[0].key.shape[2])
+        tokens += 1
+        if request.done and later:
+            waiting.append(later.pop(0))
+    assert tokens == sum(len(request.output) for request in requests) and engine.live == [None] * 7
+    assert len(rooms) > 2 and max(rooms) <= 112
+    for request, single in zip(requests, alone):
+        list(Engine(model, 1).run(deque([single])))
+        assert request.output == single.output
+    assert any(len(r.output) < r.max_new_tokens for r in requests)
+    request = max(requests, key=lambda r: len(r.output))
+    ids = torch.cat((request.prompt, torch.tensor(request.output)))
+    assert model(ids[None])[0, len(request.prompt) - 1:-1].argmax(-1).tolist() == request.output
+
+
+def test_softmax_caches_have_the_room_of_the_longest_live_sequence(llama, monkeypatch):
+    monkeypatch.setattr(model_module, "BUCKET", 16)
+    engine = Engine(boosted(llama), 2)
+    room = {}
+    for request in engine.run(deque([Request(torch.zeros(50, dtype=torch.int64), 3), Request(torch.ones(3, dtype=torch.int64), 9)])):
+        room[len(request.prompt), len(request.output)] = engine.cache.layers[0].key.shape[2]
+    assert room[50, 3] == 64 and room[3, 9] == 16
+
+
+def test_a_compiled_step_is_compiled_once_and_equals_the_eager_one(llama, monkeypatch):
+    """Through four sizes of the softmax cache and every kind of layer."""
+    torch.compiler.set_stance("default")
+    monkeypatch.setattr(model_module, "BUCKET", 16)
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    model, outputs = boosted(llama), []
+    for compiled in (True, False):
+        requests = requests_of(6, seed=1)
+        list(Engine(model, 3, compiled=compiled).run(deque(requests)))
+        outputs.append([request.output for request in requests])
+    assert outputs[0] == outputs[1]
+
+
 def test_sampling():
     logits = torch.tensor([[0.0, 3.0, 2.0, -1.0]]).repeat(500, 1)
     draw = lambda **how: set(model_module.sample(logits, how.pop("temperature", 1.0), how.get("top_k"), how.get("top_p"), torch.Generator().manual_seed(0)).tolist())
@@ -313,7 +365,7 @@ def test_generation_repeats_under_a_seed_and_stops_at_the_end_of_text(llama):
     stop = model.generate(ids, 20)[0, 5].item()
     model.config.eos_token_ids = (stop,)
     seen = []
-    out = model.generate(ids, 20, on_token=lambda token: seen.append(token.item()))
+    out = model.generate(ids, 20, on_token=lambda row, token: seen.append(token))
     assert seen[-1] == stop and len(seen) <= 3 and set(out[0, 2 + len(seen):].tolist()) == {stop}
 
 
@@ -673,6 +725,51 @@ def test_healing_brings_a_trained_model_back(tmp_path):
     assert report["healed"]["kl"] < 0.8 * report["converted"]["kl"]
     assert report["healed"]["agreement"] > report["converted"]["agreement"]
     assert report["healed"]["recall"]["512"] >= report["base"]["recall"]["512"] - 0.1
+
+
+# --- speed -------------------------------------------------------------------------------------------------------
+
+def test_the_floor_counts_what_a_model_holds(llama):
+    """Its weights but the embedding's rows and the norms, and its caches."""
+    for plan in ("SSS", "SLX", "LLL"):
+        model = boosted(llama, plan).bfloat16()
+        costs = bench.step_costs(model.config, 3, 200)
+        matrices = [p for name, p in model.named_parameters() if p.dim() > 1 and "embed" not in name]       # phi's have three
+        assert costs["weights"][0] + costs["head"][0] == sum(p.numel() * (4 if p.dim() == 3 else 2) for p in matrices)
+        assert costs["weights"][1] + costs["head"][1] == 3 * sum(p.numel() * 2 for p in matrices)
+        cache = costs["softmax cache"][0] + costs["window"][0] + costs["state"][0] / 2
+        assert cache == 3 * bench.cache_bytes(model, 200)
+    dense, converted = (bench.step_costs(boosted(llama, plan).config, 1, 10**6) for plan in ("SSS", "SLX"))
+    assert bench.floor_seconds(converted, bench.HARDWARE["a10"]) == pytest.approx(bench.floor_seconds(dense, bench.HARDWARE["a10"]) / 3, rel=0.05)
+
+
+@pytest.mark.parametrize("command,keys", [
+    ("decode --lengths 40,80 --batch 2 --steps 3", {"step_ms", "floor_ms", "gain", "cache_mib", "prefill_tokens_per_second"}),
+    ("serve --concurrency 2,3 --prompt 20 --output 12 --requests 5", {"tokens_per_second", "first_token_s", "per_token_ms", "slots"})])
+def test_speed_commands_measure_both_models(command, keys, llama, capsys):
+    assert bench.main([*command.split(), "--model", str(llama), "--plan", "SLX", "--no-compile", "--dtype", "float32"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])["report"]
+    assert [figures["model"] for figures in report] == ["dense", "converted"] * 2
+    assert all(keys <= set(figures) for figures in report)
+
+
+def test_what_does_not_fit_in_memory_waits(llama, capsys):
+    model = load_model(str(llama))
+    memory = bench.weight_bytes(model) + 2.5 * bench.cache_bytes(model, 40)
+    arguments = ["serve", "--model", str(llama), "--plan", "SLX", "--no-compile", "--dtype", "float32", "--concurrency", "4", "--prompt", "16", "--output", "16"]
+    assert bench.main([*arguments, "--memory", f"{memory / 1e9}GB"]) == 0
+    dense, converted = json.loads(capsys.readouterr().out.splitlines()[-1])["report"]
+    assert (dense["slots"], dense["requests"]) == (2, 4) and converted["slots"] > 2
+    assert bench.main([*arguments, "--memory", "0.00001GB"]) == 2
+    assert "--memory: 0.0 GiB" in capsys.readouterr().err
+
+
+def test_roofline_of_a_known_shape(capsys):
+    assert bench.main("roofline --shape smollm2-135m --hardware a10 --lengths 8192 --concurrency 200 --dtype bfloat16".split()) == 0
+    a10 = json.loads(capsys.readouterr().out.splitlines()[-1])["report"]["a10"]
+    assert sum(row["mb"] for row in a10["parts"] if row["model"] == "dense" and row["part"] in ("weights", "head")) == pytest.approx(2 * 134.5, rel=0.01)
+    dense, converted = a10["gains"]
+    assert dense["slots"] < converted["slots"] == 200 and converted["gain"] > 2.5
 
 
 # --- the command line --------------------------------------------------------------------------------------------
