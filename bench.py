@@ -295,9 +295,10 @@ def decode_times(engines: dict[str, Engine], context: int, steps: int = 12) -> d
 # --- side by side ------------------------------------------------------------------------------------------------
 
 def evaluate(models: dict[str, Model], base: Model, tokenizer: Tokenizer, valid: Tensor, tasks: list[str],
-             limit: int | None = None, lengths=RECALL_LENGTHS) -> dict[str, dict]:
+             limit: int | None = None, passkeys: int = 20) -> dict[str, dict]:
     """The figures of every model under its name: plan, perplexity, bits_per_byte, kl, agreement, recall, recall_by_depth,
-    tasks, cache_bytes and decode_tokens_per_second. valid [N, T] ids is the text, and what the passkeys are hidden in."""
+    tasks, cache_bytes and decode_tokens_per_second. valid [N, T] ids is the text, and what the passkeys are hidden in, about
+    `passkeys` of them at each length."""
     report = {name: {"plan": model.plan} for name, model in models.items()}
     times = decode_times({name: Engine(model, 32) for name, model in models.items()}, 1024)
     for name, figures in text_quality(models, base, tokenizer, valid).items():
@@ -305,8 +306,8 @@ def evaluate(models: dict[str, Model], base: Model, tokenizer: Tokenizer, valid:
     for name, model in models.items():
         report[name]["cache_bytes"] = {str(tokens): cache_bytes(model, tokens) for tokens in (1024, 8192)}
         report[name]["decode_tokens_per_second"] = 32 / median(times[name])
-        reach = [length for length in lengths if length <= model.config.max_position_embeddings]
-        report[name] |= passkey_recall(model, tokenizer, valid, reach)
+        reach = [length for length in RECALL_LENGTHS if length <= model.config.max_position_embeddings]
+        report[name] |= passkey_recall(model, tokenizer, valid, reach, max(1, passkeys // len(RECALL_DEPTHS)))
         report[name]["tasks"] = {Path(path).stem: task_quality(model, tokenizer, path, limit) for path in tasks}
     return report
 
@@ -355,7 +356,7 @@ def quality(args) -> dict:
     if not len(valid):
         raise InputError(f"--valid {args.valid}: too little text; 1024 tokens are needed at least")
     models = {"base": base, "model": model} if args.base else {"model": model}
-    report = evaluate(models, base, tokenizer, valid, args.tasks, args.limit)
+    report = evaluate(models, base, tokenizer, valid, args.tasks, args.limit, args.passkeys)
     print(format_table(table(report)))
     return report
 
@@ -479,7 +480,7 @@ def decode(args) -> list[dict]:
     models, this = load_pair(args)
     engines = {name: Engine(model, args.batch, compiled=not args.no_compile) for name, model in models.items()}
     report = []
-    for length in args.lengths:
+    for length in tqdm(args.lengths, desc="decoding", unit="length", leave=False):
         times = decode_times(engines, length, args.steps)
         for name, model in models.items():
             step, floor = median(times[name]), floor_seconds(step_costs(model.config, args.batch, length), this)
@@ -524,6 +525,7 @@ def serve(args) -> list[dict]:
             report.append({"clients": clients, "model": name, "slots": slots, **figures, "over_floor": floor / rate,
                            "gain": 1.0 if name == "dense" else rate / report[-1]["tokens_per_second"],
                            "memory_gib": (weight_bytes(model) + slots * cache_bytes(model, longest)) / 2**30})
+            print(f"{clients} clients, {name}: {rate:,.0f} output tokens/s", flush=True)
     print_figures(report, {"clients": "{clients}", "": "{model}", "slots": "{slots}", "output tokens/s": "{tokens_per_second:,.0f}",
                            "gain": "{gain:.2f}", "over floor": "{over_floor:.2f}", "first token s, p50": "{first_token_s[0]:.2f}",
                            "p95": "{first_token_s[1]:.2f}", "ms a token, p50": "{per_token_ms[0]:.1f}", " p95": "{per_token_ms[1]:.1f}",
@@ -654,6 +656,7 @@ def main(argv=None) -> int:
     add("--base", help="the original to compare with")
     add("--valid", default=C4, help="a .txt, .jsonl, .jsonl.gz, folder or hub:DATASET/FILE [one shard of C4]")
     add("--sequences", type=int, default=32, help="how many sequences of 1,024 tokens of it [32]")
+    add("--passkeys", type=int, default=20, help="prompts at each length [20]")
     add("--tasks", nargs="+", default=[], help="question files")
     add("--limit", type=int, help="only the first items of each")
     add = command("decode", "milliseconds a step, dense and converted")

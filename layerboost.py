@@ -460,9 +460,9 @@ def write_report(out: Path, report: dict, curve: dict, settings: Healing, args, 
 
 
 def continuation(model: Model, tokenizer: Tokenizer, valid: Tensor, prompt: int = 16, new: int = 40) -> str:
-    """Some words of the validation text as a model goes on with them, greedily, on one line."""
+    """Some words of the validation text as a model goes on with them, drawn with one seed for all models, on one line."""
     ids = valid[len(valid) // 2, None, :prompt].to(model.device)
-    start, whole = (tokenizer.decode(x[0].tolist()) for x in (ids, model.generate(ids, new)))
+    start, whole = (tokenizer.decode(x[0].tolist()) for x in (ids, model.generate(ids, new, 0.7, top_k=40, seed=0)))
     return " ".join(f"{start} >>>{whole[len(start):]}".split())
 
 

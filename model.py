@@ -412,7 +412,7 @@ class Engine:
     def step(self) -> Tensor:
         """The next token of every slot, [slots]; a free one's means nothing."""
         self.make_room()
-        self.token = self.pick(self.decode(self.model, self.token, self.cache.layers, self.cache.positions))
+        self.token = self.decode(self.model, self.token, self.cache.layers, self.cache.positions, self.pick)
         self.cache.positions += self.taken
         return self.token
 
@@ -428,10 +428,10 @@ def round_up(tokens: int) -> int:
     return -(-tokens // BUCKET) * BUCKET
 
 
-def decode(model: Model, token: Tensor, layers: list, positions: Tensor) -> Tensor:
-    """One step of every sequence: its last token [B] and position [B] -> logits [B, V]; fills the caches of `layers`."""
+def decode(model: Model, token: Tensor, layers: list, positions: Tensor, pick) -> Tensor:
+    """One step of every sequence: its last token [B] and position [B] -> its next token [B]; fills the caches of `layers`."""
     x = model.run_layers(model.embed_tokens(token[:, None]), 0, len(model.layers), Cache(layers, positions))
-    return model.norm(x)[:, 0] @ model.head.T
+    return pick(model.norm(x)[:, 0] @ model.head.T)
 
 
 def compile_decode(device: torch.device):
@@ -439,7 +439,7 @@ def compile_decode(device: torch.device):
     those that share an input as one (query, key and value; gate and up): a second copy of them in memory."""
     if device.type == "cuda":
         return torch.compile(decode, mode="reduce-overhead")
-    return torch.compile(decode, options={"freezing": True, "cpp.enable_concat_linear": True})
+    return torch._inductor.config.patch({"freezing": True, "cpp.enable_concat_linear": True})(torch.compile(decode))
 
 
 # --- conversion and weights --------------------------------------------------------------------------------------

@@ -335,11 +335,11 @@ def test_softmax_caches_have_the_room_of_the_longest_live_sequence(llama, monkey
     assert room[50, 3] == 64 and room[3, 9] == 16
 
 
+@torch._dynamo.config.patch(error_on_recompile=True)
 def test_a_compiled_step_is_compiled_once_and_equals_the_eager_one(llama, monkeypatch):
     """Through four sizes of the softmax cache and every kind of layer."""
     torch.compiler.set_stance("default")
     monkeypatch.setattr(model_module, "BUCKET", 16)
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     model, outputs = boosted(llama), []
     for compiled in (True, False):
         requests = requests_of(6, seed=1)
@@ -715,7 +715,7 @@ def test_the_embedded_model_is_small_trained_and_uses_its_context(tiny):
     assert config.num_hidden_layers >= 12 and config.num_key_value_heads < config.num_attention_heads and config.tie_word_embeddings
     valid = distill.pack(distill.read_documents(str(layerboost.TINY / "valid.jsonl.gz")), tokenizer, config.eos_token_ids, 1024, 8192)
     assert bench.text_quality({"tiny": model}, model, tokenizer, valid)["tiny"]["bits_per_byte"] < 1.75
-    assert min(bench.passkey_recall(model, tokenizer, valid, (256, 512))["recall"].values()) >= 0.7
+    assert min(bench.passkey_recall(model, tokenizer, valid, (256, 512), count=8)["recall"].values()) >= 0.9
 
 
 def test_healing_brings_a_trained_model_back(tmp_path):
