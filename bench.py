@@ -43,8 +43,8 @@ from tqdm import tqdm
 
 from distill import C4, pack, read_documents
 from kernels import ROWS, by_rows, feature_size, logit_kl
-from model import (CHUNK, Config, Engine, InputError, Model, Request, Tokenizer, convert, load_model, load_tokenizer,
-                   parse_plan, read_config, rotary_frequencies)
+from model import (Config, Engine, InputError, Model, Request, Tokenizer, convert, load_model, load_tokenizer,
+                   parse_plan, prefill, read_config, rotary_frequencies)
 
 RECALL_LENGTHS = (256, 512, 1024, 2048)
 RECALL_DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -500,11 +500,10 @@ def decode(args) -> list[dict]:
 @torch.inference_mode()
 def prefill_seconds(model: Model, tokens: int) -> float:
     """A prompt read as the engine reads one, in chunks."""
-    cache, ids = model.new_cache(1, tokens), torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
+    cache, prompt = model.new_cache(1, 0), torch.zeros(tokens, dtype=torch.int64, device=model.device)
     start = time.perf_counter()
-    for chunk in ids.split(CHUNK, dim=1):
-        hidden = model.hidden(chunk, cache)
-    hidden[0, -1].tolist()                      # waits for the device
+    for hidden, _ in prefill(model, prompt, cache):
+        hidden.tolist()                         # waits for the device
     return time.perf_counter() - start
 
 

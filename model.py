@@ -384,11 +384,11 @@ class Engine:
         while waiting or request or any(self.live):
             if waiting and not request and None in self.live:
                 request = waiting.popleft()
-                staged = self.model.new_cache(1, round_up(len(request.prompt)))
-                chunks = deque(request.prompt[None].split(CHUNK, dim=1))
+                staged = self.model.new_cache(1, BUCKET)
+                chunks = prefill(self.model, request.prompt, staged)
             if request:
-                hidden = self.model.hidden(chunks.popleft(), staged)[:, -1]
-                if not chunks:
+                hidden, last = next(chunks)
+                if last:
                     slot = self.admit(request, staged)
                     self.token[slot] = self.pick(hidden @ self.model.head.T)
                     yield self.append(slot, int(self.token[slot]))
@@ -426,6 +426,15 @@ class Engine:
 
 def round_up(tokens: int) -> int:
     return -(-tokens // BUCKET) * BUCKET
+
+
+def prefill(model: Model, prompt: Tensor, cache: Cache):
+    """Reads a prompt [T] into an empty cache of one sequence, a chunk at a time; yields the last hidden state [1, hidden_size] and
+    whether that was the last chunk. The cache grows with the prompt: no chunk reads room that is still empty."""
+    for start in range(0, len(prompt), CHUNK):
+        end = min(start + CHUNK, len(prompt))
+        cache.resize(round_up(end))
+        yield model.hidden(prompt[None, start:end], cache)[:, -1], end == len(prompt)
 
 
 def decode(model: Model, token: Tensor, layers: list, positions: Tensor, pick) -> Tensor:
