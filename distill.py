@@ -10,7 +10,8 @@ low-rank adapters on every linear layer, so one copy of the weights serves both.
    (LoRA, arXiv 2106.09685: W x + 2 B A x, with B started at zero) and the tails.
 
 A run of N tokens is a fixed list of steps: step i reads sequences that depend on the seed alone, so a run that goes on from
-a checkpoint ends with the same weights as one that was never stopped.
+a checkpoint ends with the same weights as one that was never stopped. Under torchrun every process holds the model, takes its
+share of a step's sequences, and the gradients are summed (data parallelism: the adapters are all that travels).
 """
 
 import gzip
@@ -22,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -127,6 +129,31 @@ def merge_adapters(model: Model) -> None:
     replace_linears(model, LoRALinear, LoRALinear.merged)
 
 
+# --- several processes -------------------------------------------------------------------------------------------
+
+def rank_and_world() -> tuple[int, int]:
+    """Which of how many processes this is: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_processes(tensors: list[Tensor]) -> None:
+    """Replaces each tensor by its sum over all processes; they travel as one."""
+    if dist.is_initialized() and tensors:
+        joined = torch.cat([x.flatten().float() for x in tensors])
+        dist.all_reduce(joined)
+        for x, total in zip(tensors, joined.split([x.numel() for x in tensors])):
+            x.copy_(total.view_as(x))
+
+
+def gather(item) -> list:
+    """The items of all processes, in the order of their ranks."""
+    items = [item]
+    if dist.is_initialized():
+        items = [None] * dist.get_world_size()
+        dist.all_gather_object(items, item)
+    return items
+
+
 # --- the healing run ---------------------------------------------------------------------------------------------
 
 @dataclass
@@ -139,10 +166,13 @@ class Healing:
     lr: float = 1e-3
     transfer_lr: float = 1e-2
     context: int = 1024                 # tokens a sequence
-    batch: int = 4                      # sequences a step
+    batch: int = 4                      # sequences a step, over all processes
+    micro_batch: int | None = None      # sequences that go through the model at a time, if fewer
     seed: int = 0
 
     def __post_init__(self):
+        if self.batch % rank_and_world()[1]:
+            raise InputError(f"--batch {self.batch}: give a multiple of the {rank_and_world()[1]} processes")
         self.steps = self.tokens // (self.batch * self.context)
         if not self.steps:
             raise InputError(f"--tokens {self.tokens}: a step takes {self.batch * self.context:,}; give at least as many")
@@ -197,7 +227,8 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
     identity = json.loads(json.dumps({**identity, **asdict(settings)}))
     step, curve = optimizer.load(checkpoint, identity) if checkpoint.exists() else (0, {"train": [], "valid": []})
 
-    targets = [(ids, teacher.hidden(ids)) for ids in valid.to(teacher.device).split(settings.batch)]
+    rank, world = rank_and_world()
+    targets = [(ids, teacher.hidden(ids)) for ids in valid.to(teacher.device)[rank::world].split(settings.batch)]
     tokens_a_step = settings.batch * settings.context
     stop, saved = Interrupt(), time.monotonic()
     tokens = {"total": settings.steps * tokens_a_step, "initial": step * tokens_a_step}
@@ -207,18 +238,24 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
                 curve["valid"].append([step * tokens_a_step, validation_kl(student, teacher.head, targets)])
                 first, kl = curve["valid"][0][1], curve["valid"][-1][1]
                 bar.write(f"  {step * tokens_a_step:>10,} tokens   validation KL {kl:.4f}  {'█' * round(32 * min(1.0, kl / max(first, 1e-9)))}")
-            if step == settings.steps or stop.asked or time.monotonic() - saved > checkpoint_every:
+            asked = torch.tensor(float(stop.asked), device=teacher.device)
+            sum_over_processes([asked])                         # all stop before the same step
+            if rank == 0 and (step == settings.steps or asked or time.monotonic() - saved > checkpoint_every):
                 optimizer.save(checkpoint, step, curve, identity)
                 saved = time.monotonic()
             if step == settings.steps:
                 break
-            if stop.asked:
+            if asked:
                 raise KeyboardInterrupt
             transfer = step < settings.transfer_steps
             for name, parameter in trained.items():
                 parameter.requires_grad_(not transfer or name in tails)
-            ids = train[settings.sequences(step, train.shape[0])].to(teacher.device)
-            loss = (attention_transfer if transfer else distillation)(teacher, student, ids)
+            ids = train[settings.sequences(step, train.shape[0])[rank::world]].to(teacher.device)
+            loss = torch.zeros((), device=teacher.device)
+            for part in ids.split(settings.micro_batch or len(ids)):
+                loss += (attention_transfer if transfer else distillation)(teacher, student, part, len(part) / settings.batch)
+            sum_over_processes([loss] + [p.grad for p in trained.values() if p.grad is not None])
+            loss = float(loss)
             if not math.isfinite(loss):
                 raise Diverged(f"the loss is {loss} at step {step} ({step * tokens_a_step:,} tokens): try a lower --lr")
             optimizer.step(settings.learning_rate(step))
@@ -232,9 +269,9 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
     return curve
 
 
-def attention_transfer(teacher: Model, student: Model, ids: Tensor) -> float:
-    """Adds the gradients of stage 1 and returns its error, averaged over the L layers."""
-    errors = []
+def attention_transfer(teacher: Model, student: Model, ids: Tensor, weight: float = 1.0) -> Tensor:
+    """Adds the gradients of stage 1 and returns its error, averaged over the L layers and the sequences; both times `weight`."""
+    errors = [torch.zeros((), device=ids.device)]
     rotary = teacher.rotary(ids.shape[1])
     x = teacher.embed_tokens(ids)
     for i, (ours, theirs) in enumerate(zip(student.layers, teacher.layers)):
@@ -242,29 +279,33 @@ def attention_transfer(teacher: Model, student: Model, ids: Tensor) -> float:
             normed = theirs.input_layernorm(x)
             with torch.no_grad():
                 target = theirs.self_attn(normed, rotary).float()
-            error = (ours.self_attn(normed, rotary).float() - target).square().mean() / target.square().mean()
+            error = (ours.self_attn(normed, rotary).float() - target).square().mean((1, 2)) / target.square().mean((1, 2))
+            error = error.mean() * weight / student.plan.count("L")
             error.backward()
             errors.append(error.detach())
         with torch.no_grad():
             x = teacher.run_layers(x, i, i + 1)
-    return float(torch.stack(errors).mean()) if errors else 0.0
+    return torch.stack(errors).sum()
 
 
-def distillation(teacher: Model, student: Model, ids: Tensor) -> float:
-    """Adds the gradients of stage 2 and returns its loss, KL(teacher || student) per token."""
+def distillation(teacher: Model, student: Model, ids: Tensor, weight: float = 1.0) -> Tensor:
+    """Adds the gradients of stage 2 and returns its loss, KL(teacher || student) per token; both times `weight`."""
     with torch.no_grad():
         target = teacher.hidden(ids)
-    loss = sliced_kl(student.hidden(ids).flatten(0, 1), target.flatten(0, 1), student.head, teacher.head)
+    loss = weight * sliced_kl(student.hidden(ids).flatten(0, 1), target.flatten(0, 1), student.head, teacher.head)
     loss.backward()
-    return float(loss.detach())
+    return loss.detach()
 
 
 @torch.no_grad()
 def validation_kl(student: Model, teacher_head: Tensor, targets: list[tuple[Tensor, Tensor]]) -> float:
-    """KL per token over pairs of ids [B, T] and the teacher's hidden states [B, T, hidden_size]."""
-    total = sum(sliced_kl(student.hidden(ids).flatten(0, 1), target.flatten(0, 1), student.head, teacher_head) * ids.numel()
-                for ids, target in targets)
-    return float(total) / sum(ids.numel() for ids, _ in targets)
+    """KL per token over pairs of ids [B, T] and the teacher's hidden states [B, T, hidden_size], those of all processes."""
+    total = torch.zeros(2, device=teacher_head.device)                     # nats, tokens
+    for ids, target in targets:
+        kl = sliced_kl(student.hidden(ids).flatten(0, 1), target.flatten(0, 1), student.head, teacher_head)
+        total += torch.stack((kl * ids.numel(), torch.tensor(float(ids.numel()), device=kl.device)))
+    sum_over_processes([total])
+    return float(total[0] / total[1])
 
 
 class Optimizer:

@@ -9,10 +9,12 @@ softmax (S) where the damage is worst. Healing distils the original back into th
     python layerboost.py                    the embedded model of tiny/ on its own text: all of this in three minutes, offline
     python layerboost.py --model DIR --data TEXT --valid TEXT --keep 10 --drop 4 --tokens 200k --out out/name
     python layerboost.py --model out/name --prompt "The capital of France is"
+    torchrun --nproc-per-node=4 layerboost.py --model ...       the scan's layers and healing's sequences shared out
 """
 
 import argparse
 import codecs
+import functools
 import hashlib
 import itertools
 import json
@@ -24,12 +26,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from bench import (RECALL_LENGTHS, cache_bytes, evaluate, format_table, mean, passkey_prompts, pick_device, pick_dtype,
                    read_task, score_hidden, table, task_accuracy, task_prompts)
-from distill import C4, Diverged, Healing, heal, pack, read_documents
+from distill import C4, Diverged, Healing, gather, heal, pack, rank_and_world, read_documents
 from kernels import ROWS, fused_kl
 from model import (InputError, Model, Tokenizer, convert, find_model, load_model, load_tokenizer, parse_plan, read_json,
                    save_model, write_file)
@@ -131,7 +134,7 @@ def make_probes(model: Model, tokenizer: Tokenizer, measures: list[str], calibra
 
 @torch.inference_mode()
 def scan(model: Model, probes: list, tiers: dict, path: Path, identity: dict, layers: list[dict]) -> list[dict]:
-    """Changes each layer alone to X and to L: [{"X": {column: damage}, "L": ...} per layer].
+    """Changes each layer alone to X and to L: [{"X": {column: damage}, "L": ...} per layer], several at a time under torchrun.
 
     What enters layer i does not depend on what happens in it, so the base's residual streams are carried from layer to layer
     and a trial starts at its own: half the work of running every altered model whole. Goes on after the `layers` that an
@@ -139,20 +142,26 @@ def scan(model: Model, probes: list, tiers: dict, path: Path, identity: dict, la
     """
     n = len(model.layers)
     altered = {tier: convert(model, tier * n, **tiers) for tier in "XL"}        # a trial takes one block of these
-    streams = [[model.run_layers(model.embed_tokens(ids), 0, len(layers)) for ids in batches] for batches, _ in probes]
+    rank, world = rank_and_world()
+    advance = lambda streams, first, last: [[model.run_layers(x, first, min(last, n)) for x in stream] for stream in streams]
+    i = len(layers) + rank
+    streams = advance([[model.embed_tokens(ids) for ids in batches] for batches, _ in probes], 0, i)
     with tqdm(total=2 * n, initial=2 * len(layers), desc="scanning", unit="trial") as bar:
-        for i in range(len(layers), n):
-            layers.append({})
-            for tier in "XL":
-                columns: dict = {}
+        while len(layers) < n:                                                  # each process takes one of the next layers
+            measured: dict = {}
+            for tier in "XL" if i < n else "":
+                columns = measured[tier] = {}
                 for (_, damage), stream in zip(probes, streams):
                     changed = [altered[tier].run_layers(x, i, i + 1) for x in stream]
                     columns |= damage([model.norm(model.run_layers(x, i + 1, n)) for x in changed])
-                layers[i][tier] = columns
                 bar.set_postfix_str(f"layer {i} {tier} " + " ".join(f"{k} {columns[k]:.3f}" for k in MEASURES if k in columns))
                 bar.update()
-            streams = [[model.run_layers(x, i, i + 1) for x in stream] for stream in streams]
-            write_file(path, lambda p: p.write_text(json.dumps({"identity": identity, "layers": layers}, indent=1)))
+            layers += [row for row in gather(measured) if row]
+            bar.update(2 * len(layers) - bar.n)
+            if rank == 0:
+                write_file(path, lambda p: p.write_text(json.dumps({"identity": identity, "layers": layers}, indent=1)))
+            streams = advance(streams, i, i + world)
+            i += world
     return layers
 
 
@@ -309,11 +318,12 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     identity = {"model": fingerprint(*model.parameters()), "data": fingerprint(calibration), **tiers, "dtype": args.dtype}
     scan_file = Path(args.scan or out / "scan.json")
     layers = check_scan(scan_file, identity, measures, n) if scan_file.exists() else []
-    if announce(model, args, settings, calibration, plan, len(layers)) < COMPILE_FROM:
+    if gather(announce(model, args, settings, calibration, plan, len(layers)))[0] < COMPILE_FROM:
         torch.compiler.set_stance("force_eager")
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    model.compiled_shapes |= {(2, calibration.shape[1]), (settings.batch, settings.context)}
+    together = min(settings.batch // rank_and_world()[1], settings.micro_batch or settings.batch)      # sequences
+    model.compiled_shapes |= {(2, calibration.shape[1]), (together, settings.context)}
 
     if plan is None:
         whole = len(layers) == n
@@ -343,8 +353,11 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     print(f"\nHeal: {settings.trained_tokens:,} tokens, {settings.transfer_steps} steps of attention transfer, then "
           f"{settings.steps - settings.transfer_steps} of KL distillation.")
     converted = convert(model, plan, **tiers)               # keeps untrained tails of its own; the student's are trained
+    student.recompute = args.activation_checkpointing
     curve = heal(model, student, train, valid[:8], settings, out / "healing.safetensors",
                  identity | {"plan": plan, "data": fingerprint(train)})
+    if rank_and_world()[0]:
+        return                                              # the first process does the rest
     save_model(student, out, source)
 
     print("\nEvaluate: the untouched, the converted and the healed model on the same text and questions.")
@@ -384,7 +397,10 @@ def check_arguments(model: Model, args) -> tuple[Healing, list[str], dict, str |
     if args.rank < 1 or not args.lr > 0:
         raise InputError(f"--rank {args.rank} --lr {args.lr:g}: give a rank of 1 or more and a rate above 0")
     context = min(CONTEXT, model.config.max_position_embeddings)
-    settings = Healing(args.tokens, rank=args.rank, full=args.full, lr=args.lr, seed=args.seed, context=context)
+    if args.batch < 1 or args.micro_batch is not None and args.micro_batch < 1:
+        raise InputError("--batch, --micro-batch: give numbers of sequences, 1 or more")
+    settings = Healing(args.tokens, rank=args.rank, full=args.full, lr=args.lr, seed=args.seed, context=context, batch=args.batch,
+                       micro_batch=args.micro_batch)
     return settings, measures, tiers, plan
 
 
@@ -418,7 +434,7 @@ def calibration_text(train: Tensor, context: int) -> Tensor:
 
 def announce(model: Model, args, settings: Healing, calibration: Tensor, plan: str | None, scanned: int) -> float:
     """What is going to happen, and about how long it takes here, from a short measurement. Returns the seconds in all."""
-    rate, n = forward_rate(model), len(model.layers)
+    rate, n = forward_rate(model) * rank_and_world()[1], len(model.layers)
     tokens = calibration.numel() if "kl" in args.measure else 0
     tokens += sum(length * count for length, count in SCAN_RECALL.items()) if "recall" in args.measure else 0
     passes = sum(2 * (n - i) / n for i in range(scanned, n)) + 2 if scanned < n else 0      # over all layers
@@ -501,14 +517,17 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--feature-map", "PHI", "and the rest through hedgehog, elu, relu or favor features, or none. [hedgehog]", default="hedgehog")
     add("--rank", "R", "is the rank of the adapters. [16]  --full trains all weights instead.", type=int, default=16)
     add("--lr", "LR", "is the highest learning rate. [1e-3]", type=float, default=1e-3)
+    add("--batch", "N", "sequences of 1,024 tokens make a step of healing, [4]  --micro-batch of them at a time; "
+        "--activation-checkpointing computes forward passes twice to save memory.", type=int, default=4)
     add("--out", "DIR", "receives the healed model, scan.json and report.json. [out/<model name>]")
     add("--prompt", "TEXT", "only generates from MODEL: --max-new-tokens 100, --temperature 0, --top-k, --top-p.")
     add("--seed", "N", "draws the data order, the adapters and the samples. [0]", type=int, default=0)
     add("--device", "NAME", "is cpu or cuda. [the GPU when there is one]")
     add("--dtype", "NAME", "is bfloat16 or float32. [bfloat16 where it is faster here]", choices=("bfloat16", "float32"))
     add("--no-compile", None, "runs everything eagerly: slower, but starts at once.", action="store_true")
-    add("--full", None, argparse.SUPPRESS, action="store_true")             # the rest are named in the lines above
-    for flag, kind, default in (("--revision", str, None), ("--limit", int, None), ("--max-new-tokens", int, 100),
+    for flag in ("--full", "--activation-checkpointing"):                   # the rest are named in the lines above
+        add(flag, None, argparse.SUPPRESS, action="store_true")
+    for flag, kind, default in (("--revision", str, None), ("--micro-batch", int, None), ("--limit", int, None), ("--max-new-tokens", int, 100),
                                 ("--temperature", float, 0.0), ("--top-k", int, None), ("--top-p", float, None)):
         add(flag, None, argparse.SUPPRESS, type=kind, default=default)
     args = parser.parse_args(argv)
@@ -518,12 +537,27 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return args
 
 
+def start_process(device: str | None) -> str:
+    """The device of this process. Under torchrun it joins the others; only the first of them shows what it does."""
+    device = pick_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+    return device
+
+
 def main(argv=None) -> int:
     args = parse_arguments(argv)
     torch.compiler.set_stance("force_eager" if args.no_compile else "default")
     try:
-        args.device = pick_device(args.device)
-        args.dtype = args.dtype or pick_dtype(args.device)
+        args.device = start_process(args.device)
+        args.dtype = gather(args.dtype or pick_dtype(args.device))[0]
         args.out = args.out or f"out/{Path(args.model).resolve().name}"
         source = find_model(args.model, args.revision)
         tokenizer = load_tokenizer(str(source))
@@ -533,7 +567,8 @@ def main(argv=None) -> int:
         else:
             boost(model, tokenizer, source, args)
     except InputError as error:
-        print(f"layerboost: {error}", file=sys.stderr)
+        if rank_and_world()[0] == 0:
+            print(f"layerboost: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"layerboost: {error.filename or '--out'}: {error.strerror or error}", file=sys.stderr)
@@ -544,6 +579,9 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped; run the same command again to go on from what is in {args.out}", file=sys.stderr)
         return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 

@@ -10,6 +10,7 @@ config.json under "layerboost", the tail parameters of the L layers in model.saf
 stored. Families: Llama 2 and 3, SmolLM 1 and 2, Mistral, Qwen2 and 2.5, Qwen3.
 """
 
+import functools
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from huggingface_hub import errors as hub_errors
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from attention import RMSNorm, SoftmaxAttention, SoftmaxCache, WindowLinearAttention
 from kernels import FEATURE_MAPS
@@ -224,11 +226,12 @@ class Cache:
 
 class Model(nn.Module):
     """The decoder. `compiled_shapes` holds the [B, T] for which a block runs through torch.compile, those of the long
-    stages; all else runs the same code eagerly."""
+    stages; all else runs the same code eagerly. With `recompute`, a block keeps only its input for the backward pass and runs
+    again there (activation checkpointing, arXiv 1604.06174)."""
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.compiled_shapes = config, set()
+        self.config, self.compiled_shapes, self.recompute = config, set(), False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -265,6 +268,8 @@ class Model(nn.Module):
         block = compiled_block if cache is None and x.shape[:2] in self.compiled_shapes else Block.forward
         positions = None if cache is None else cache.positions
         rotary = self.rotary(x.shape[1], positions)
+        if self.recompute and torch.is_grad_enabled():
+            block = functools.partial(checkpoint, block, use_reentrant=False)
         for layer in range(first, last):
             x = block(self.layers[layer], x, rotary, cache and cache.layers[layer], positions)
         return x

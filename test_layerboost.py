@@ -8,6 +8,8 @@ import math
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections import deque
 from pathlib import Path
 
@@ -629,6 +631,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(llama, tmp_path):
         heal_small(llama, tmp_path / "c.safetensors", lr=1e30)
 
 
+def test_activation_checkpointing_gives_the_same_gradients_from_less(llama):
+    """Fewer tensors are kept for the backward pass: 96 tokens, where the blocks' activations are most of what there is."""
+    base, kept, gradients, ids = load_model(str(llama)), [], [], torch.arange(192).view(2, 96)
+    for recompute in (False, True):
+        student = convert(base, "SLX", **TIERS)
+        distill.add_adapters(student, 4, seed=0)
+        student.recompute = recompute
+        sizes: list = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
+            loss = distill.sliced_kl(student.hidden(ids).flatten(0, 1), base.hidden(ids).flatten(0, 1), student.head, base.head)
+        loss.backward()
+        kept.append(sum(sizes))
+        gradients.append([m.B.grad for m in student.modules() if isinstance(m, distill.LoRALinear)])
+    assert kept[1] < 0.3 * kept[0]
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_attention_transfer_trains_the_tails_alone(llama):
     base = load_model(str(llama))
     student = convert(base, "LSX", **TIERS)
@@ -805,6 +824,24 @@ def test_the_whole_story(llama, text, tmp_path, capsys):
     assert bench.main(["quality", "--model", str(out), "--base", str(llama), "--valid", str(text), "--dtype", "float32", "--sequences", "4"]) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])["report"]
     assert figures["model"]["kl"] == pytest.approx(report["healed"]["kl"], rel=0.5) and figures["base"]["kl"] == 0
+
+
+def test_two_processes_scan_and_heal_as_one_does(llama, text, tmp_path):
+    """torchrun over gloo: the same scan, and the same loss curve at the same global batch."""
+    script, report = str(Path(layerboost.__file__)), {}
+    for name, launcher, more in (("one", [], ["--micro-batch", "3"]), ("two", ["-m", "torch.distributed.run", "--nproc-per-node=2"], [])):
+        arguments = command(llama, text, tmp_path / name, "--keep", "1", "--drop", "1", "--measure", "kl", *more)
+        run = subprocess.run([sys.executable, *launcher, script, *arguments], capture_output=True, text=True, timeout=200)
+        assert run.returncode == 0 and run.stdout.count("Plan:") == 1, run.stderr
+        report[name] = json.loads((tmp_path / name / "report.json").read_text())
+    one, two = report["one"], report["two"]
+    assert two["plan"] == one["plan"]
+    for a, b in zip(one["scan"], two["scan"], strict=True):
+        assert b["X"] == pytest.approx(a["X"], abs=1e-5) and b["L"] == pytest.approx(a["L"], abs=1e-5)
+    assert two["healing"]["train"] == pytest.approx(one["healing"]["train"], rel=1e-3)
+    assert two["healing"]["valid"] == [[tokens, pytest.approx(kl, rel=1e-3)] for tokens, kl in one["healing"]["valid"]]
+    with pytest.raises(InputError, match="--micro-batch: give numbers"):
+        layerboost.check_arguments(load_model(str(llama)), layerboost.parse_arguments([*arguments, "--micro-batch", "0"]))
 
 
 def test_without_validation_text_the_last_documents_are_held_out(llama, text, tmp_path):
