@@ -397,6 +397,7 @@ def check_arguments(model: Model, args) -> tuple[Healing, list[str], dict, str |
     if args.rank < 1 or not args.lr > 0:
         raise InputError(f"--rank {args.rank} --lr {args.lr:g}: give a rank of 1 or more and a rate above 0")
     context = min(CONTEXT, model.config.max_position_embeddings)
+    args.batch = rank_and_world()[1] if args.batch is None else args.batch
     if args.batch < 1 or args.micro_batch is not None and args.micro_batch < 1:
         raise InputError("--batch, --micro-batch: give numbers of sequences, 1 or more")
     settings = Healing(args.tokens, rank=args.rank, full=args.full, lr=args.lr, seed=args.seed, context=context, batch=args.batch,
@@ -517,8 +518,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--feature-map", "PHI", "and the rest through hedgehog, elu, relu or favor features, or none. [hedgehog]", default="hedgehog")
     add("--rank", "R", "is the rank of the adapters. [16]  --full trains all weights instead.", type=int, default=16)
     add("--lr", "LR", "is the highest learning rate. [1e-3]", type=float, default=1e-3)
-    add("--batch", "N", "sequences of 1,024 tokens make a step of healing, [4]  --micro-batch of them at a time; "
-        "--activation-checkpointing computes forward passes twice to save memory.", type=int, default=4)
+    add("--batch", "N", "sequences of 1,024 tokens make a step of healing, [one a process]  --micro-batch of them at a time; "
+        "--activation-checkpointing keeps less for the backward pass and computes it again.", type=int)
     add("--out", "DIR", "receives the healed model, scan.json and report.json. [out/<model name>]")
     add("--prompt", "TEXT", "only generates from MODEL: --max-new-tokens 100, --temperature 0, --top-k, --top-p.")
     add("--seed", "N", "draws the data order, the adapters and the samples. [0]", type=int, default=0)

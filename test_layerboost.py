@@ -591,7 +591,7 @@ def heal_small(folder, checkpoint, interrupt_at=None, monkeypatch=None, **settin
     base = load_model(str(folder))
     student = convert(base, "LLX", **TIERS)
     data = torch.randint(0, 700, (12, 32), generator=torch.Generator().manual_seed(0))
-    run = distill.Healing(**{"tokens": 32 * 4 * 10, "context": 32, "rank": 4, "transfer_share": 0.3, "lr": 3e-3, **settings})
+    run = distill.Healing(**{"tokens": 32 * 4 * 10, "context": 32, "batch": 4, "rank": 4, "transfer_share": 0.3, "lr": 3e-3, **settings})
     if interrupt_at is not None:
         step, original = [0], distill.Optimizer.step
         def stepping(self, rate):
@@ -661,7 +661,7 @@ def test_attention_transfer_trains_the_tails_alone(llama):
 
 
 def test_every_sequence_is_read_once_a_pass():
-    run = distill.Healing(tokens=4 * 1024 * 30)
+    run = distill.Healing(tokens=4 * 1024 * 30, batch=4)
     order = torch.cat([run.sequences(step, 24) for step in range(12)])
     assert sorted(order[:24].tolist()) == sorted(order[24:].tolist()) == list(range(24))
     assert order[:24].tolist() != order[24:].tolist()
@@ -829,7 +829,7 @@ def test_the_whole_story(llama, text, tmp_path, capsys):
 def test_two_processes_scan_and_heal_as_one_does(llama, text, tmp_path):
     """torchrun over gloo: the same scan, and the same loss curve at the same global batch."""
     script, report = str(Path(layerboost.__file__)), {}
-    for name, launcher, more in (("one", [], ["--micro-batch", "3"]), ("two", ["-m", "torch.distributed.run", "--nproc-per-node=2"], [])):
+    for name, launcher, more in (("one", [], ["--batch", "2", "--micro-batch", "1"]), ("two", ["-m", "torch.distributed.run", "--nproc-per-node=2"], [])):
         arguments = command(llama, text, tmp_path / name, "--keep", "1", "--drop", "1", "--measure", "kl", *more)
         run = subprocess.run([sys.executable, *launcher, script, *arguments], capture_output=True, text=True, timeout=200)
         assert run.returncode == 0 and run.stdout.count("Plan:") == 1, run.stderr

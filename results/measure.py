@@ -1,7 +1,9 @@
-"""Two figures of the method's cost, measured:
+"""Figures of the method's cost, measured:
 
     python results/measure.py scan MODEL        our scan against a naive one that runs every altered model whole, same numbers
     python results/measure.py memory            peak memory of tier L's parallel form against the number of tokens
+    python results/measure.py healing SHAPE     peak memory of healing one sequence of 1,024 tokens, with activation checkpointing and
+                                                without, and what it is made of; SHAPE as in bench.py
 """
 
 import json
@@ -15,9 +17,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
+import bench
+import distill
+import kernels
 import layerboost
 from attention import WindowLinearAttention
-from model import load_model, load_tokenizer
+from model import convert, load_model, load_tokenizer
 
 
 def scan_cost(path: str) -> dict:
@@ -42,9 +47,9 @@ def scan_cost(path: str) -> dict:
     return {"seconds": times, "ratio": sum(times["ours"]) / sum(times["naive"]), "largest_difference": largest}
 
 
-def peak_bytes(tokens: int) -> int:
-    """Peak resident memory that tier L's forward and backward add, in a process of its own."""
-    code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}; import measure; print(measure.added_bytes({tokens}))"
+def alone(call: str) -> int:
+    """A function of this file called in a process of its own, since peak memory is one figure a process."""
+    code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}; import measure; print(measure.{call})"
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
@@ -65,10 +70,43 @@ def added_bytes(tokens: int) -> int:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
+def healing_peak(shape: str, recompute: bool) -> int:
+    """Bytes, after two steps of distillation of the plan that bench.py takes by default, rank 16, bfloat16."""
+    torch.compiler.set_stance("force_eager")
+    teacher, student = healing_models(shape)
+    student.recompute = recompute
+    optimizer = distill.Optimizer({name: p.requires_grad_(True) for name, p in student.named_parameters() if name.endswith((".A", ".B", "_logit"))})
+    for _ in range(2):
+        distill.distillation(teacher, student, torch.randint(0, 1000, (1, 1024)))
+        optimizer.step(1e-4)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def healing_models(shape: str):
+    teacher = bench.build_shape(shape, torch.bfloat16, "cpu")
+    n, few = len(teacher.layers), round(len(teacher.layers) * 4 / 15)
+    student = convert(teacher, "S" * few + "L" * (n - 2 * few) + "X" * few)
+    distill.add_adapters(student, 16, 0)
+    return teacher, student
+
+
+def healing_arithmetic(shape: str) -> dict:
+    """Bytes that healing must hold at least: the weights once; adapters with gradient and two moments in float32; a bf16 input of
+    each block; the logits of a slice of positions, student's and teacher's in bf16, and both as log-probabilities in float32."""
+    hidden, intermediate, layers, H, G, D, vocabulary, tied = bench.SHAPES[shape]
+    linears = [(hidden, H * D), (hidden, G * D), (hidden, G * D), (H * D, hidden)] + [(hidden, intermediate)] * 2 + [(intermediate, hidden)]
+    weights = 2 * (layers * sum(a * b for a, b in linears) + (1 if tied else 2) * vocabulary * hidden)
+    adapters = 16 * layers * sum(16 * (a + b) for a, b in linears)
+    return {"weights": weights, "adapters": adapters, "block_inputs": 2 * 1024 * hidden * layers, "logits": kernels.ROWS * vocabulary * 12}
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["scan"] and len(sys.argv) == 3:
         print(json.dumps(scan_cost(sys.argv[2])))
     elif sys.argv[1:] == ["memory"]:
-        print(json.dumps({str(tokens): peak_bytes(tokens) for tokens in (1024, 2048, 4096, 8192, 16384)}))
+        print(json.dumps({str(tokens): alone(f"added_bytes({tokens})") for tokens in (1024, 2048, 4096, 8192, 16384)}))
+    elif sys.argv[1:2] == ["healing"] and len(sys.argv) == 3:
+        peak = {name: alone(f"healing_peak({sys.argv[2]!r}, {flag})") for name, flag in (("kept", False), ("recomputed", True))}
+        print(json.dumps({"shape": sys.argv[2], "peak_bytes": peak, "at_least": healing_arithmetic(sys.argv[2])}))
     else:
         sys.exit(__doc__)
