@@ -1,0 +1,185 @@
+"""Short healing runs that differ in one thing, to see what a change of the recipe or of the plan buys at equal tokens:
+
+    python results/healing.py MODEL DATA VALID [--tokens 48k] NAME...        the rows of RECIPES and PLANS below by their names
+
+Each row heals on the first `tokens` tokens of a fixed shuffle of DATA's sequences of 1,024 tokens, learning rate warmed up over a
+twentieth and lowered to zero along a cosine, and ends with KL and top-1 agreement on 16 sequences of VALID. Rows are appended to
+results/healing.jsonl. What is not in the product (hidden-state alignment, least squares) is written out here.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bench
+from distill import Optimizer, add_adapters, attention_transfer, distillation, merge_adapters, pack, read_documents
+from kernels import sliced_kl
+from layerboost import token_count
+from model import convert, load_model, load_tokenizer
+
+TIER = "LLSLSLXLXXLXLLLSLXSLSSSSLLXLLL"         # --keep 8 --drop 6 from results/smollm2-200k/scan.json
+DEFAULT = {"plan": TIER, "window": 64, "sinks": 4, "feature_map": "hedgehog", "batch": 1, "context": 1024, "lr": 1e-3, "rank": 16,
+           "full": False, "hidden": 0.0, "solve": 0, "transfer": 0.05}
+RECIPES = {
+    "batch 1": {},
+    "batch 4": {"batch": 4},
+    "batch 1, lr 3e-3": {"lr": 3e-3},
+    "two sequences of 512 instead of one of 1,024": {"context": 512},
+    "rank 64": {"rank": 64},
+    "all weights of the blocks, lr 1e-4": {"full": True, "lr": 1e-4},
+    "hidden-state alignment beside KL, weight 1": {"hidden": 1.0},
+    "hidden-state alignment beside KL, weight 10": {"hidden": 10.0},
+    "half of the tokens on least squares, then KL": {"solve": 24576},
+    "no attention transfer": {"transfer": 0.0},
+}
+EQUAL_CACHE = 244       # the window of 30 L layers that keep as many bytes of a sequence of 1,024 tokens as 8 S and 16 L layers
+PLANS = {
+    "tier": {},
+    "tier, L without its tail": {"feature_map": "none"},
+    "paper": {"plan": "SSLLLLLLXXLLXLLSSXSSSLLLSXXLLL"},
+    "random attention removed": {"plan": "LXSLSLLLLLXLLLXSXLSXSSSSXLLLLL"},      # the same softmax layers; X drawn with seed 0
+    "uniform L (LoLCATs)": {"plan": "L" * 30, "window": EQUAL_CACHE},
+    "uniform window and sinks (StreamingLLM)": {"plan": "L" * 30, "window": EQUAL_CACHE + 130, "feature_map": "none"},
+    "uniform linear, hedgehog": {"plan": "L" * 30, "window": 0, "sinks": 0},
+    "uniform linear, relu (SUPRA)": {"plan": "L" * 30, "window": 0, "sinks": 0, "feature_map": "relu"},
+    "uniform linear, favor (Performer)": {"plan": "L" * 30, "window": 0, "sinks": 0, "feature_map": "favor"},
+}
+
+
+def hidden_states(model, ids):
+    """The residual stream after each layer."""
+    x, states = model.embed_tokens(ids), []
+    for i in range(len(model.layers)):
+        x = model.run_layers(x, i, i + 1)
+        states.append(x)
+    return states
+
+
+def aligned_distillation(teacher, student, ids, weight: float):
+    """KL plus `weight` times the squared distance of the residual streams after each layer, relative to the teacher's, averaged."""
+    with torch.no_grad():
+        theirs = hidden_states(teacher, ids)
+    ours = hidden_states(student, ids)
+    kl = sliced_kl(student.norm(ours[-1]).flatten(0, 1), teacher.norm(theirs[-1]).flatten(0, 1), student.head, teacher.head)
+    square = lambda x: x.float().square().sum(-1)
+    distance = sum((square(a.float() - b.float()) / square(b)).mean() for a, b in zip(ours, theirs)) / len(ours)
+    (kl + weight * distance).backward()
+    return kl.detach()
+
+
+@torch.no_grad()
+def least_squares(teacher, student, ids, ridge: float = 1e-2) -> None:
+    """Gives every MLP's last matrix, one layer after the other, the values that bring the student's residual stream nearest to
+    the teacher's in least squares, each token weighed by the inverse square of its teacher's length. No gradients."""
+    rotary = teacher.rotary(ids.shape[1])
+    theirs = [teacher.embed_tokens(x) for x in ids.split(4)]
+    ours = [x.clone() for x in theirs]
+    for t, s in zip(teacher.layers, student.layers):
+        theirs = [t(x, rotary) for x in theirs]
+        if s.self_attn is not None:
+            ours = [x + s.self_attn(s.input_layernorm(x), rotary) for x in ours]
+        old, gram, cross, inner = s.mlp.down_proj.weight, 0, 0, []
+        for x, y in zip(ours, theirs):
+            h = s.post_attention_layernorm(x)
+            a = F.silu(s.mlp.gate_proj(h)) * s.mlp.up_proj(h)
+            weight = y.float().square().mean(-1, keepdim=True).rsqrt()
+            missing = ((y.float() - x.float() - (a @ old.T).float()) * weight).flatten(0, 1)
+            scaled = (a.float() * weight).flatten(0, 1)
+            gram, cross = gram + scaled.T @ scaled, cross + missing.T @ scaled
+            inner.append(a)
+        gram += ridge * gram.diagonal().mean() * torch.eye(len(gram))
+        new = (old.float() + torch.linalg.solve(gram, cross.T).T).to(old.dtype)
+        s.mlp.down_proj = nn.Linear(*new.T.shape, bias=False, device="meta")
+        s.mlp.down_proj.weight = nn.Parameter(new, requires_grad=False)
+        ours = [x + a @ new.T for x, a in zip(ours, inner)]
+
+
+@torch.no_grad()
+def judge(teacher, student, valid) -> dict:
+    total = torch.zeros(3, dtype=torch.float64)
+    for ids in valid.split(4):
+        for ours, theirs, row in zip(student.hidden(ids), teacher.hidden(ids), ids):
+            total += bench.compare_rows(ours, student.head, theirs, teacher.head, row)
+    return {"kl": float(total[1]) / valid.numel(), "agreement": float(total[2]) / valid.numel()}
+
+
+def trial(teacher, train, valid, tokens: int, o: dict) -> dict:
+    started = time.monotonic()
+    torch.manual_seed(0)
+    train = train.flatten()[:train.numel() // o["context"] * o["context"]].view(-1, o["context"])
+    train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(1))]
+    student = convert(teacher, o["plan"], o["window"], o["sinks"], o["feature_map"])
+    tails = {f"layers.{i}.self_attn.{name}" for i, tier in enumerate(o["plan"]) if tier == "L"
+             for name in student.layers[i].self_attn.tail_parameters()}
+    teacher.compiled_shapes.add((o["batch"], o["context"]))
+    figures = {"before": judge(teacher, student, valid)}
+    used = o["solve"] // o["context"]
+    if used:
+        least_squares(teacher, student, train[:used])
+        figures["after_least_squares"] = judge(teacher, student, valid)
+    if o["full"]:
+        for name, p in list(student.named_parameters()):
+            parent, _, leaf = name.rpartition(".")
+            setattr(student.get_submodule(parent), leaf, nn.Parameter(p.detach().clone()))
+    else:
+        add_adapters(student, o["rank"], 0)
+    learns = lambda name: name in tails or name.endswith((".A", ".B")) or o["full"] and "embed" not in name and not name.endswith("_map")
+    trained = {name: p for name, p in student.named_parameters() if learns(name)}
+    student.requires_grad_(False)
+    optimizer = Optimizer({name: p.requires_grad_(True) for name, p in trained.items()})
+    steps = (tokens - used * o["context"]) // (o["batch"] * o["context"])
+    transfer_steps = round(o["transfer"] * steps) if tails else 0
+    seconds = []
+    for step in range(steps):
+        begun = time.monotonic()
+        ids = train[used + step * o["batch"]:used + (step + 1) * o["batch"]]
+        transfer = step < transfer_steps
+        first, last, peak = (0, transfer_steps, 1e-2) if transfer else (transfer_steps, steps, o["lr"])
+        for name, p in trained.items():
+            p.requires_grad_(not transfer or name in tails)
+        if transfer:
+            loss = attention_transfer(teacher, student, ids)
+        elif o["hidden"]:
+            loss = aligned_distillation(teacher, student, ids, o["hidden"])
+        else:
+            loss = distillation(teacher, student, ids)
+        done, warm_up = step - first, max(1, (last - first) * 0.05)
+        optimizer.step(peak * min(1, (done + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * done / (last - first))))
+        seconds.append(time.monotonic() - begun)
+        if (step + 1) % max(1, steps // 10) == 0:
+            print(f"  step {step + 1} of {steps}, loss {float(loss):.4f}", file=sys.stderr, flush=True)
+    if not o["full"]:
+        merge_adapters(student)
+    rate = o["batch"] * o["context"] / sorted(seconds)[len(seconds) // 2]
+    return figures | judge(teacher, student, valid) | {"tokens_per_second": rate, "seconds": time.monotonic() - started}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "data", "valid"):
+        parser.add_argument(name)
+    parser.add_argument("names", nargs="+")
+    parser.add_argument("--tokens", type=token_count, default=49152)
+    args = parser.parse_args()
+    teacher, tokenizer = load_model(args.model, dtype=torch.bfloat16), load_tokenizer(args.model)
+    eos = teacher.config.eos_token_ids
+    train = pack(read_documents(args.data), tokenizer, eos, 1024)
+    valid = pack(read_documents(args.valid, "--valid"), tokenizer, eos, 1024, 16 * 1024)
+    for name in args.names:
+        changed = {**RECIPES, **PLANS}[name]
+        row = {"name": name, "tokens": args.tokens, **DEFAULT, **changed, **trial(teacher, train, valid, args.tokens, DEFAULT | changed)}
+        print(json.dumps(row), flush=True)
+        with open(Path(__file__).parent / "healing.jsonl", "a") as rows:
+            rows.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
