@@ -165,7 +165,7 @@ class Healing:
     full: bool = False                  # train every weight instead
     lr: float = 1e-3
     transfer_lr: float = 1e-2
-    context: int = 1024                 # tokens a sequence
+    context: int = 512                  # tokens a sequence
     batch: int = 1                      # sequences a step, over all processes
     micro_batch: int | None = None      # sequences that go through the model at a time, if fewer
     seed: int = 0

@@ -37,7 +37,7 @@ from kernels import ROWS, fused_kl
 from model import (InputError, Model, Tokenizer, convert, find_model, load_model, load_tokenizer, parse_plan, read_json,
                    save_model, write_file)
 
-CONTEXT = 1024                                      # tokens a sequence in healing and evaluation
+CONTEXT = 1024                                      # tokens a sequence in evaluation
 SCAN_CONTEXT, SCAN_SEQUENCES = 2048, 4              # calibration text of the kl measure
 SCAN_RECALL = {512: 4, 1024: 2, 2048: 1}            # prompts by context length of the recall measure
 SCAN_TASK_ITEMS = 100                               # of the first task file, for the task measure
@@ -396,10 +396,10 @@ def check_arguments(model: Model, args) -> tuple[Healing, list[str], dict, str |
     convert(model, plan or "L" * n, **tiers)                # raises for settings that do not fit together
     if args.rank < 1 or not args.lr > 0:
         raise InputError(f"--rank {args.rank} --lr {args.lr:g}: give a rank of 1 or more and a rate above 0")
-    context = min(CONTEXT, model.config.max_position_embeddings)
     args.batch = rank_and_world()[1] if args.batch is None else args.batch
-    if args.batch < 1 or args.micro_batch is not None and args.micro_batch < 1:
-        raise InputError("--batch, --micro-batch: give numbers of sequences, 1 or more")
+    if args.batch < 1 or args.context < 2 or args.micro_batch is not None and args.micro_batch < 1:
+        raise InputError("--batch, --micro-batch, --context: give numbers of sequences, 1 or more, and of tokens, 2 or more")
+    context = min(args.context, model.config.max_position_embeddings)
     settings = Healing(args.tokens, rank=args.rank, full=args.full, lr=args.lr, seed=args.seed, context=context, batch=args.batch,
                        micro_batch=args.micro_batch)
     return settings, measures, tiers, plan
@@ -407,21 +407,22 @@ def check_arguments(model: Model, args) -> tuple[Healing, list[str], dict, str |
 
 def read_text(args, tokenizer: Tokenizer, model: Model, settings: Healing) -> tuple[Tensor, Tensor]:
     """Training and validation sequences [N, context]. Without --valid the last documents of --data are held out."""
-    eos, context, needed = model.config.eos_token_ids, settings.context, VALID_SEQUENCES * settings.context
+    eos, context, longest = model.config.eos_token_ids, settings.context, min(CONTEXT, model.config.max_position_embeddings)
+    needed = VALID_SEQUENCES * longest
     documents = read_documents(args.data)
     if args.valid:
-        valid = pack(read_documents(args.valid, "--valid"), tokenizer, eos, context, needed)
+        valid = pack(read_documents(args.valid, "--valid"), tokenizer, eos, longest, needed)
     else:
         documents, held_out, size = list(documents), [], 0
         while len(documents) > 1 and size < 6 * needed and len(held_out) < 0.1 * (len(documents) + len(held_out)):
             held_out.append(documents.pop())
             size += len(held_out[-1])
-        valid = pack(held_out, tokenizer, eos, context, needed)
+        valid = pack(held_out, tokenizer, eos, longest, needed)
     enough = max(settings.steps * settings.batch * context, SCAN_SEQUENCES * SCAN_CONTEXT)     # for healing, for the scan
     train = pack(documents, tokenizer, eos, context, enough)
     for flag, source, sequences in (("--data", args.data, train), ("--valid", args.valid or args.data, valid)):
         if not len(sequences):
-            raise InputError(f"{flag} {source}: too little text; {context} tokens are needed at least"
+            raise InputError(f"{flag} {source}: too little text; {sequences.shape[1]} tokens are needed at least"
                              + (" in the documents held out; give --valid" if flag == "--valid" and not args.valid else ""))
     return train, valid
 
@@ -439,7 +440,7 @@ def announce(model: Model, args, settings: Healing, calibration: Tensor, plan: s
     tokens = calibration.numel() if "kl" in args.measure else 0
     tokens += sum(length * count for length, count in SCAN_RECALL.items()) if "recall" in args.measure else 0
     passes = sum(2 * (n - i) / n for i in range(scanned, n)) + 2 if scanned < n else 0      # over all layers
-    evaluated = VALID_SEQUENCES * settings.context + 20 * sum(n for n in RECALL_LENGTHS if n <= model.config.max_position_embeddings)
+    evaluated = VALID_SEQUENCES * CONTEXT + 20 * sum(n for n in RECALL_LENGTHS if n <= model.config.max_position_embeddings)
     scanning, healing, evaluating = tokens * passes / rate * (plan is None), settings.trained_tokens * 5 / rate, 3 * evaluated / rate
     print(f"{args.model}: {n} layers, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {args.dtype} on "
           f"{args.device}; a forward pass runs at {rate:,.0f} tokens/s here")
@@ -518,7 +519,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--feature-map", "PHI", "and the rest through hedgehog, elu, relu or favor features, or none. [hedgehog]", default="hedgehog")
     add("--rank", "R", "is the rank of the adapters. [16]  --full trains all weights instead.", type=int, default=16)
     add("--lr", "LR", "is the highest learning rate. [1e-3]", type=float, default=1e-3)
-    add("--batch", "N", "sequences of 1,024 tokens make a step of healing, [one a process]  --micro-batch of them at a time; "
+    add("--batch", "N", "sequences, [one a process]  of --context 512 tokens, make a step of healing, --micro-batch at a time; "
         "--activation-checkpointing keeps less for the backward pass and computes it again.", type=int)
     add("--out", "DIR", "receives the healed model, scan.json and report.json. [out/<model name>]")
     add("--prompt", "TEXT", "only generates from MODEL: --max-new-tokens 100, --temperature 0, --top-k, --top-p.")
@@ -528,7 +529,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--no-compile", None, "runs everything eagerly: slower, but starts at once.", action="store_true")
     for flag in ("--full", "--activation-checkpointing"):                   # the rest are named in the lines above
         add(flag, None, argparse.SUPPRESS, action="store_true")
-    for flag, kind, default in (("--revision", str, None), ("--micro-batch", int, None), ("--limit", int, None), ("--max-new-tokens", int, 100),
+    for flag, kind, default in (("--revision", str, None), ("--micro-batch", int, None), ("--context", int, 512), ("--limit", int, None), ("--max-new-tokens", int, 100),
                                 ("--temperature", float, 0.0), ("--top-k", int, None), ("--top-p", float, None)):
         add(flag, None, argparse.SUPPRESS, type=kind, default=default)
     args = parser.parse_args(argv)

@@ -661,7 +661,7 @@ def test_attention_transfer_trains_the_tails_alone(llama):
 
 
 def test_every_sequence_is_read_once_a_pass():
-    run = distill.Healing(tokens=4 * 1024 * 30, batch=4)
+    run = distill.Healing(tokens=4 * 512 * 30, batch=4)
     order = torch.cat([run.sequences(step, 24) for step in range(12)])
     assert sorted(order[:24].tolist()) == sorted(order[24:].tolist()) == list(range(24))
     assert order[:24].tolist() != order[24:].tolist()

@@ -32,7 +32,9 @@ RECIPES = {
     "batch 1": {},
     "batch 4": {"batch": 4},
     "batch 1, lr 3e-3": {"lr": 3e-3},
-    "two sequences of 512 instead of one of 1,024": {"context": 512},
+    "sequences of 512": {"context": 512},
+    "sequences of 256": {"context": 256},
+    "sequences of 512, lr 3e-3": {"context": 512, "lr": 3e-3},
     "rank 64": {"rank": 64},
     "all weights of the blocks, lr 1e-4": {"full": True, "lr": 1e-4},
     "hidden-state alignment beside KL, weight 1": {"hidden": 1.0},
@@ -41,8 +43,7 @@ RECIPES = {
     "no attention transfer": {"transfer": 0.0},
 }
 EQUAL_CACHE = 244       # the window of 30 L layers that keep as many bytes of a sequence of 1,024 tokens as 8 S and 16 L layers
-PLANS = {
-    "tier": {},
+PLANS = {               # all with sequences of 512: the row of that name in RECIPES is the tier plan's
     "tier, L without its tail": {"feature_map": "none"},
     "paper": {"plan": "SSLLLLLLXXLLXLLSSXSSSLLLSXXLLL"},
     "random attention removed": {"plan": "LXSLSLLLLLXLLLXSXLSXSSSSXLLLLL"},      # the same softmax layers; X drawn with seed 0
@@ -174,7 +175,7 @@ def main() -> None:
     train = pack(read_documents(args.data), tokenizer, eos, 1024)
     valid = pack(read_documents(args.valid, "--valid"), tokenizer, eos, 1024, 16 * 1024)
     for name in args.names:
-        changed = {**RECIPES, **PLANS}[name]
+        changed = RECIPES[name] if name in RECIPES else {"context": 512} | PLANS[name]
         row = {"name": name, "tokens": args.tokens, **DEFAULT, **changed, **trial(teacher, train, valid, args.tokens, DEFAULT | changed)}
         print(json.dumps(row), flush=True)
         with open(Path(__file__).parent / "healing.jsonl", "a") as rows:

@@ -4,6 +4,8 @@
     python results/measure.py memory            peak memory of tier L's parallel form against the number of tokens
     python results/measure.py healing SHAPE     peak memory of healing one sequence of 1,024 tokens, with activation checkpointing and
                                                 without, and what it is made of; SHAPE as in bench.py
+    python results/measure.py rate MODEL B T    tokens a second of distillation, B sequences of T tokens a step, rank 16, bfloat16: to
+                                                be set beside a peer's in alternating runs
 """
 
 import json
@@ -73,7 +75,7 @@ def added_bytes(tokens: int) -> int:
 def healing_peak(shape: str, recompute: bool) -> int:
     """Bytes, after two steps of distillation of the plan that bench.py takes by default, rank 16, bfloat16."""
     torch.compiler.set_stance("force_eager")
-    teacher, student = healing_models(shape)
+    teacher, student = healing_models(bench.build_shape(shape, torch.bfloat16, "cpu"))
     student.recompute = recompute
     optimizer = distill.Optimizer({name: p.requires_grad_(True) for name, p in student.named_parameters() if name.endswith((".A", ".B", "_logit"))})
     for _ in range(2):
@@ -82,8 +84,24 @@ def healing_peak(shape: str, recompute: bool) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def healing_models(shape: str):
-    teacher = bench.build_shape(shape, torch.bfloat16, "cpu")
+def healing_rate(path: str, batch: int, context: int, steps: int = 4) -> dict:
+    teacher, student = healing_models(load_model(path, dtype=torch.bfloat16))
+    teacher.compiled_shapes.add((batch, context))
+    optimizer = distill.Optimizer({name: p.requires_grad_(True) for name, p in student.named_parameters() if name.endswith((".A", ".B", "_map", "_logit"))})
+    seconds = []
+    for _ in range(steps + 1):
+        ids = torch.randint(100, teacher.config.vocab_size - 100, (batch, context))
+        start = time.perf_counter()
+        distill.distillation(teacher, student, ids)
+        optimizer.step(1e-4)
+        seconds.append(time.perf_counter() - start)
+    step = sorted(seconds[1:])[steps // 2]              # the first one compiles
+    return {"batch": batch, "context": context, "step_s": round(step, 3), "tokens_per_s": round(batch * context / step, 1),
+            "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
+
+
+def healing_models(teacher):
+    """It, and a student with adapters of rank 16 under the plan that bench.py takes by default."""
     n, few = len(teacher.layers), round(len(teacher.layers) * 4 / 15)
     student = convert(teacher, "S" * few + "L" * (n - 2 * few) + "X" * few)
     distill.add_adapters(student, 16, 0)
@@ -108,5 +126,7 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["healing"] and len(sys.argv) == 3:
         peak = {name: alone(f"healing_peak({sys.argv[2]!r}, {flag})") for name, flag in (("kept", False), ("recomputed", True))}
         print(json.dumps({"shape": sys.argv[2], "peak_bytes": peak, "at_least": healing_arithmetic(sys.argv[2])}))
+    elif sys.argv[1:2] == ["rate"] and len(sys.argv) == 5:
+        print(json.dumps(healing_rate(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))
     else:
         sys.exit(__doc__)
