@@ -27,7 +27,7 @@ from model import convert, load_model, load_tokenizer
 
 TIER = "LLSLSLXLXXLXLLLSLXSLSSSSLLXLLL"         # --keep 8 --drop 6 from results/smollm2-200k/scan.json
 DEFAULT = {"plan": TIER, "window": 64, "sinks": 4, "feature_map": "hedgehog", "batch": 1, "context": 1024, "lr": 1e-3, "rank": 16,
-           "full": False, "hidden": 0.0, "solve": 0, "transfer": 0.05}
+           "full": False, "hidden": 0.0, "solve": 0, "transfer": 0.05, "muon": False}
 RECIPES = {
     "batch 1": {},
     "batch 4": {"batch": 4},
@@ -40,7 +40,9 @@ RECIPES = {
     "hidden-state alignment beside KL, weight 1": {"hidden": 1.0},
     "hidden-state alignment beside KL, weight 10": {"hidden": 10.0},
     "half of the tokens on least squares, then KL": {"solve": 24576},
-    "no attention transfer": {"transfer": 0.0},
+    "sequences of 512, no attention transfer": {"context": 512, "transfer": 0.0},
+    "sequences of 512, Muon on the adapters": {"context": 512, "muon": True},
+    "sequences of 512, Muon on the adapters, lr 3e-4": {"context": 512, "muon": True, "lr": 3e-4},
 }
 EQUAL_CACHE = 244       # the window of 30 L layers that keep as many bytes of a sequence of 1,024 tokens as 8 S and 16 L layers
 PLANS = {               # all with sequences of 512: the row of that name in RECIPES is the tier plan's
@@ -103,6 +105,27 @@ def least_squares(teacher, student, ids, ridge: float = 1e-2) -> None:
         ours = [x + a @ new.T for x, a in zip(ours, inner)]
 
 
+class Muon:
+    """For the adapters' factors: the direction of steepest descent in the spectral norm (Muon, arXiv 2502.16982), momentum M =
+    0.95 M + G, update (G + 0.95 M) orthogonalised, its entries scaled to a mean square of 1, as Adam's are. Exact, since the Gram
+    matrix of a factor is rank x rank."""
+
+    def __init__(self, factors):
+        self.momentum = {p: torch.zeros_like(p) for p in factors}
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        for p, m in self.momentum.items():
+            if p.grad is not None:
+                m.mul_(0.95).add_(p.grad)
+                g = p.grad + 0.95 * m
+                g = g if g.shape[0] > g.shape[1] else g.T                   # (long, rank)
+                values, vectors = torch.linalg.eigh(g.T @ g)
+                g = (g @ vectors) * (values.clamp(min=0) + 1e-6 * values[-1] + 1e-30).rsqrt() @ vectors.T * len(g) ** 0.5
+                p.sub_(rate * (g if g.shape == p.shape else g.T))
+                p.grad = None
+
+
 @torch.no_grad()
 def judge(teacher, student, valid) -> dict:
     total = torch.zeros(3, dtype=torch.float64)
@@ -135,7 +158,9 @@ def trial(teacher, train, valid, tokens: int, o: dict) -> dict:
     learns = lambda name: name in tails or name.endswith((".A", ".B")) or o["full"] and "embed" not in name and not name.endswith("_map")
     trained = {name: p for name, p in student.named_parameters() if learns(name)}
     student.requires_grad_(False)
-    optimizer = Optimizer({name: p.requires_grad_(True) for name, p in trained.items()})
+    factors = {name for name in trained if o["muon"] and name.endswith((".A", ".B"))}
+    muon = Muon([p for name, p in trained.items() if name in factors])
+    optimizer = Optimizer({name: p.requires_grad_(True) for name, p in trained.items() if name not in factors})
     steps = (tokens - used * o["context"]) // (o["batch"] * o["context"])
     transfer_steps = round(o["transfer"] * steps) if tails else 0
     seconds = []
@@ -153,7 +178,9 @@ def trial(teacher, train, valid, tokens: int, o: dict) -> dict:
         else:
             loss = distillation(teacher, student, ids)
         done, warm_up = step - first, max(1, (last - first) * 0.05)
-        optimizer.step(peak * min(1, (done + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * done / (last - first))))
+        rate = peak * min(1, (done + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * done / (last - first)))
+        muon.step(rate)
+        optimizer.step(rate)
         seconds.append(time.monotonic() - begun)
         if (step + 1) % max(1, steps // 10) == 0:
             print(f"  step {step + 1} of {steps}, loss {float(loss):.4f}", file=sys.stderr, flush=True)
