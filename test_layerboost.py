@@ -840,7 +840,7 @@ def test_two_processes_scan_and_heal_as_one_does(llama, text, tmp_path):
         assert b["X"] == pytest.approx(a["X"], abs=1e-5) and b["L"] == pytest.approx(a["L"], abs=1e-5)
     assert two["healing"]["train"] == pytest.approx(one["healing"]["train"], rel=1e-3)
     assert two["healing"]["valid"] == [[tokens, pytest.approx(kl, rel=1e-3)] for tokens, kl in one["healing"]["valid"]]
-    with pytest.raises(InputError, match="--micro-batch: give numbers"):
+    with pytest.raises(InputError, match="--batch, --micro-batch, --context: give numbers"):
         layerboost.check_arguments(load_model(str(llama)), layerboost.parse_arguments([*arguments, "--micro-batch", "0"]))
 
 
