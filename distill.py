@@ -1,13 +1,16 @@
 """Healing: the converted model learns to answer as the original did, on about 10M tokens of any text.
 
 The teacher is the original model. The student is the same weights under a plan (`convert` shares the tensors), with
-low-rank adapters on every linear layer, so one copy of the weights serves both. Two stages share the token budget:
+low-rank adapters on every linear layer, so one copy of the weights serves both. Three stages share the token budget:
 
 1. attention transfer: each L layer reads what the teacher's layer reads, and its feature map and tail logit learn to give
    what the teacher's attention gives: mean |student - teacher|^2 / mean |teacher|^2 (LoLCATs, arXiv 2410.10254, 3.2).
    The layers are independent, so each one's gradient is taken at once and nothing is kept.
 2. distillation: KL(teacher || student) on the next-token distribution (arXiv 1503.02531), training the adapters
-   (LoRA, arXiv 2106.09685: W x + 2 B A x, with B started at zero) and the tails.
+   (LoRA, arXiv 2106.09685: W x + 2 B A x, with B started at zero) and the tails. Sequences are short, one a step: this loss
+   is so clean that the number of steps counts for more than their size (results/healing.md).
+3. the same loss on long sequences, training the tails alone: a tail's weight grows with the tokens in it, and what it should
+   weigh after thousands cannot be learned from hundreds.
 
 A run of N tokens is a fixed list of steps: step i reads sequences that depend on the seed alone, so a run that goes on from
 a checkpoint ends with the same weights as one that was never stopped. Under torchrun every process holds the model, takes its
@@ -159,13 +162,15 @@ def gather(item) -> list:
 @dataclass
 class Healing:
     """The settings of a run. A checkpoint goes on only under the same ones."""
-    tokens: int = 10_000_000            # all that either stage trains on
-    transfer_share: float = 0.05        # of the tokens, for attention transfer
+    tokens: int = 10_000_000            # all that the three stages train on
+    transfer_share: float = 0.05        # of the tokens of stages 1 and 2, for attention transfer
+    long_share: float = 0.1             # of all tokens, for stage 3
     rank: int = 16                      # of the adapters; ignored by `full`
     full: bool = False                  # train every weight instead
     lr: float = 1e-3
-    transfer_lr: float = 1e-2
+    tail_lr: float = 1e-2               # where the tails learn alone
     context: int = 512                  # tokens a sequence
+    long_context: int = 4096            # the same in stage 3
     batch: int = 1                      # sequences a step, over all processes
     micro_batch: int | None = None      # sequences that go through the model at a time, if fewer
     seed: int = 0
@@ -173,31 +178,42 @@ class Healing:
     def __post_init__(self):
         if self.batch % rank_and_world()[1]:
             raise InputError(f"--batch {self.batch}: give a multiple of the {rank_and_world()[1]} processes")
-        self.steps = self.tokens // (self.batch * self.context)
-        if not self.steps:
+        long_steps = round(self.long_share * self.tokens / (self.batch * self.long_context))
+        self.short_steps = (self.tokens - long_steps * self.batch * self.long_context) // (self.batch * self.context)
+        if self.short_steps < 1:
             raise InputError(f"--tokens {self.tokens}: a step takes {self.batch * self.context:,}; give at least as many")
-        self.trained_tokens = self.steps * self.batch * self.context        # the budget in whole steps
-        self.transfer_steps = round(self.transfer_share * self.steps)
+        self.transfer_steps = round(self.transfer_share * self.short_steps)
+        self.steps = self.short_steps + long_steps
+        self.trained_tokens = self.tokens_after(self.steps)                 # the budget in whole steps
+
+    def tokens_after(self, step: int) -> int:
+        return self.batch * (min(step, self.short_steps) * self.context + max(0, step - self.short_steps) * self.long_context)
 
     def learning_rate(self, step: int) -> float:
         """Each stage warms up over its first twentieth and falls to zero along a cosine."""
-        first, last, peak = self.transfer_steps, self.steps, self.lr
+        first, last, peak = self.transfer_steps, self.short_steps, self.lr
         if step < self.transfer_steps:
-            first, last, peak = 0, self.transfer_steps, self.transfer_lr
+            first, last, peak = 0, self.transfer_steps, self.tail_lr
+        elif step >= self.short_steps:
+            first, last, peak = self.short_steps, self.steps, self.tail_lr
         done, warm_up = step - first, max(1, (last - first) // 20)
         cosine = 0.5 * (1 + math.cos(math.pi * done / (last - first)))
         return peak * min(1.0, (done + 1) / warm_up) * cosine
 
     def validates(self, step: int) -> bool:
         """Ten times in a run, before it, between the stages, and at its end."""
-        return step % max(1, self.steps // 10) == 0 or step in (self.transfer_steps, self.steps)
+        return step % max(1, self.steps // 10) == 0 or step in (self.transfer_steps, self.short_steps, self.steps)
 
-    def sequences(self, step: int, count: int) -> Tensor:
-        """Which of `count` sequences step reads: passes over all of them, each in an order of its own."""
+    def read(self, step: int, train: Tensor) -> Tensor:
+        """The sequences of a step [batch, tokens]: passes over all of `train` [N, context], each in an order of its own; in
+        stage 3 over the same text in longer sequences."""
+        tokens, before = (self.long_context, self.short_steps) if step >= self.short_steps else (self.context, 0)
+        count = train.numel() // tokens
         order = lambda i: torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + i))
-        positions = range(step * self.batch, (step + 1) * self.batch)
+        positions = range((step - before) * self.batch, (step - before + 1) * self.batch)
         passes = {i // count: order(i // count) for i in positions}
-        return torch.stack([passes[i // count][i % count] for i in positions])
+        rows = torch.stack([passes[i // count][i % count] for i in positions])
+        return train.flatten()[:count * tokens].view(count, tokens)[rows]
 
 
 def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings: Healing, checkpoint: Path,
@@ -229,15 +245,14 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
 
     rank, world = rank_and_world()
     targets = [(ids, teacher.hidden(ids)) for ids in valid.to(teacher.device)[rank::world].split(settings.batch)]
-    tokens_a_step = settings.batch * settings.context
     stop, saved = Interrupt(), time.monotonic()
-    tokens = {"total": settings.steps * tokens_a_step, "initial": step * tokens_a_step}
-    with stop, tqdm(**tokens, desc="healing", unit="tok", unit_scale=True) as bar:
+    tokens = settings.tokens_after
+    with stop, tqdm(total=tokens(settings.steps), initial=tokens(step), desc="healing", unit="tok", unit_scale=True) as bar:
         while True:
             if settings.validates(step) and len(curve["valid"]) < sum(map(settings.validates, range(step + 1))):
-                curve["valid"].append([step * tokens_a_step, validation_kl(student, teacher.head, targets)])
+                curve["valid"].append([tokens(step), validation_kl(student, teacher.head, targets)])
                 first, kl = curve["valid"][0][1], curve["valid"][-1][1]
-                bar.write(f"  {step * tokens_a_step:>10,} tokens   validation KL {kl:.4f}  {'█' * round(32 * min(1.0, kl / max(first, 1e-9)))}")
+                bar.write(f"  {tokens(step):>10,} tokens   validation KL {kl:.4f}  {'█' * round(32 * min(1.0, kl / max(first, 1e-9)))}")
             asked = torch.tensor(float(stop.asked), device=teacher.device)
             sum_over_processes([asked])                         # all stop before the same step
             if rank == 0 and (step == settings.steps or asked or time.monotonic() - saved > checkpoint_every):
@@ -248,21 +263,22 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
             if asked:
                 raise KeyboardInterrupt
             transfer = step < settings.transfer_steps
+            tails_alone = transfer or step >= settings.short_steps
             for name, parameter in trained.items():
-                parameter.requires_grad_(not transfer or name in tails)
-            ids = train[settings.sequences(step, train.shape[0])[rank::world]].to(teacher.device)
+                parameter.requires_grad_(not tails_alone or name in tails)
+            ids = settings.read(step, train)[rank::world].to(teacher.device)
             loss = torch.zeros((), device=teacher.device)
             for part in ids.split(settings.micro_batch or len(ids)):
                 loss += (attention_transfer if transfer else distillation)(teacher, student, part, len(part) / settings.batch)
             sum_over_processes([loss] + [p.grad for p in trained.values() if p.grad is not None])
             loss = float(loss)
             if not math.isfinite(loss):
-                raise Diverged(f"the loss is {loss} at step {step} ({step * tokens_a_step:,} tokens): try a lower --lr")
+                raise Diverged(f"the loss is {loss} at step {step} ({tokens(step):,} tokens): try a lower --lr")
             optimizer.step(settings.learning_rate(step))
             step += 1
             curve["train"].append(round(loss, 5))
             bar.set_postfix_str(f"{'transfer error' if transfer else 'KL'} {loss:.4f}")
-            bar.update(tokens_a_step)
+            bar.update(tokens(step) - bar.n)
     if not settings.full:
         merge_adapters(student)
     student.requires_grad_(False)

@@ -22,7 +22,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -38,6 +38,7 @@ from model import (InputError, Model, Tokenizer, convert, find_model, load_model
                    save_model, write_file)
 
 CONTEXT = 1024                                      # tokens a sequence in evaluation
+LONG_CONTEXT = 4096                                 # in the last stage of healing, or what the model was made for
 SCAN_CONTEXT, SCAN_SEQUENCES = 2048, 4              # calibration text of the kl measure
 SCAN_RECALL = {512: 4, 1024: 2, 2048: 1}            # prompts by context length of the recall measure
 SCAN_TASK_ITEMS = 100                               # of the first task file, for the task measure
@@ -350,8 +351,10 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     print(f"  {plan.count('S')} softmax, {plan.count('L')} sliding-window linear, {plan.count('X')} removed; cache of a sequence at 8k "
           f"tokens {cache_bytes(student, 8192) / 2**20:.1f} MiB, was {cache_bytes(model, 8192) / 2**20:.1f} MiB")
 
+    if "L" not in plan or args.feature_map == "none":       # there is no tail to train alone
+        settings = replace(settings, transfer_share=0.0, long_share=0.0)
     print(f"\nHeal: {settings.trained_tokens:,} tokens, {settings.transfer_steps} steps of attention transfer, then "
-          f"{settings.steps - settings.transfer_steps} of KL distillation.")
+          f"{settings.short_steps - settings.transfer_steps} of KL distillation, {settings.steps - settings.short_steps} on long sequences.")
     converted = convert(model, plan, **tiers)               # keeps untrained tails of its own; the student's are trained
     student.recompute = args.activation_checkpointing
     curve = heal(model, student, train, valid[:8], settings, out / "healing.safetensors",
@@ -399,9 +402,9 @@ def check_arguments(model: Model, args) -> tuple[Healing, list[str], dict, str |
     args.batch = rank_and_world()[1] if args.batch is None else args.batch
     if args.batch < 1 or args.context < 2 or args.micro_batch is not None and args.micro_batch < 1:
         raise InputError("--batch, --micro-batch, --context: give numbers of sequences, 1 or more, and of tokens, 2 or more")
-    context = min(args.context, model.config.max_position_embeddings)
+    context, long_context = (min(tokens, model.config.max_position_embeddings) for tokens in (args.context, LONG_CONTEXT))
     settings = Healing(args.tokens, rank=args.rank, full=args.full, lr=args.lr, seed=args.seed, context=context, batch=args.batch,
-                       micro_batch=args.micro_batch)
+                       micro_batch=args.micro_batch, long_context=max(context, long_context))
     return settings, measures, tiers, plan
 
 
@@ -418,11 +421,11 @@ def read_text(args, tokenizer: Tokenizer, model: Model, settings: Healing) -> tu
             held_out.append(documents.pop())
             size += len(held_out[-1])
         valid = pack(held_out, tokenizer, eos, longest, needed)
-    enough = max(settings.steps * settings.batch * context, SCAN_SEQUENCES * SCAN_CONTEXT)     # for healing, for the scan
+    enough = max(settings.trained_tokens, settings.long_context, SCAN_SEQUENCES * SCAN_CONTEXT)     # for healing, for the scan
     train = pack(documents, tokenizer, eos, context, enough)
-    for flag, source, sequences in (("--data", args.data, train), ("--valid", args.valid or args.data, valid)):
-        if not len(sequences):
-            raise InputError(f"{flag} {source}: too little text; {sequences.shape[1]} tokens are needed at least"
+    for flag, source, sequences, least in (("--data", args.data, train, settings.long_context), ("--valid", args.valid or args.data, valid, longest)):
+        if sequences.numel() < least:
+            raise InputError(f"{flag} {source}: too little text; {least} tokens are needed at least"
                              + (" in the documents held out; give --valid" if flag == "--valid" and not args.valid else ""))
     return train, valid
 

@@ -591,7 +591,7 @@ def heal_small(folder, checkpoint, interrupt_at=None, monkeypatch=None, **settin
     base = load_model(str(folder))
     student = convert(base, "LLX", **TIERS)
     data = torch.randint(0, 700, (12, 32), generator=torch.Generator().manual_seed(0))
-    run = distill.Healing(**{"tokens": 32 * 4 * 10, "context": 32, "batch": 4, "rank": 4, "transfer_share": 0.3, "lr": 3e-3, **settings})
+    run = distill.Healing(**{"tokens": 32 * 4 * 10 + 64 * 4 * 2, "context": 32, "long_context": 64, "long_share": 2 / 7, "batch": 4, "rank": 4, "transfer_share": 0.3, "lr": 3e-3, **settings})
     if interrupt_at is not None:
         step, original = [0], distill.Optimizer.step
         def stepping(self, rate):
@@ -609,12 +609,12 @@ def heal_small(folder, checkpoint, interrupt_at=None, monkeypatch=None, **settin
 
 @pytest.mark.parametrize("full", [False, True])
 def test_healing_helps_and_resumes_exactly(llama, tmp_path, monkeypatch, full):
-    """Stopped by Ctrl-C in either stage and gone on, a run ends with the same weights, bit for bit."""
+    """Stopped by Ctrl-C in any stage and gone on, a run ends with the same weights, bit for bit."""
     lr = 5e-4 if full else 3e-3
     student, curve = heal_small(llama, tmp_path / "whole.safetensors", full=full, lr=lr)
-    assert curve["valid"][-1][1] < 0.8 * curve["valid"][0][1] and len(curve["train"]) == 10
+    assert curve["valid"][-1][1] < 0.8 * curve["valid"][0][1] and len(curve["train"]) == 12
     assert curve["train"][2] < curve["train"][0]                                # attention transfer learns, too
-    for stop in (2, 4):
+    for stop in (2, 4, 5):                                                      # after steps 2, 6 and 11
         heal_small(llama, tmp_path / "cut.safetensors", stop, monkeypatch, full=full, lr=lr)
     resumed, curve_again = heal_small(llama, tmp_path / "cut.safetensors", full=full, lr=lr)
     assert curve_again == curve
@@ -661,10 +661,14 @@ def test_attention_transfer_trains_the_tails_alone(llama):
 
 
 def test_every_sequence_is_read_once_a_pass():
-    run = distill.Healing(tokens=4 * 512 * 30, batch=4)
-    order = torch.cat([run.sequences(step, 24) for step in range(12)])
+    run = distill.Healing(tokens=4 * 8 * 30 + 4 * 16 * 3, batch=4, context=8, long_context=16, long_share=1 / 6)
+    train = torch.arange(24 * 8).view(24, 8)
+    order = torch.cat([run.read(step, train) for step in range(12)])[:, 0] // 8
     assert sorted(order[:24].tolist()) == sorted(order[24:].tolist()) == list(range(24))
     assert order[:24].tolist() != order[24:].tolist()
+    assert (run.short_steps, run.steps, run.tokens_after(31), run.trained_tokens) == (30, 33, 4 * 8 * 30 + 64, run.tokens)
+    long = torch.cat([run.read(step, train) for step in range(30, 33)])         # the same text, twice as much at a time
+    assert torch.equal(long[long[:, 0].argsort()], train.view(12, 16))
 
 
 # --- measurements ------------------------------------------------------------------------------------------------
