@@ -163,7 +163,7 @@ def gather(item) -> list:
 class Healing:
     """The settings of a run. A checkpoint goes on only under the same ones."""
     tokens: int = 10_000_000            # all that the three stages train on
-    transfer_share: float = 0.05        # of the tokens of stages 1 and 2, for attention transfer
+    transfer_share: float = 0.01        # of the tokens of stages 1 and 2, for attention transfer
     long_share: float = 0.1             # of all tokens, for stage 3
     rank: int = 16                      # of the adapters; ignored by `full`
     full: bool = False                  # train every weight instead

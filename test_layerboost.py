@@ -626,6 +626,15 @@ def test_healing_helps_and_resumes_exactly(llama, tmp_path, monkeypatch, full):
         heal_small(llama, tmp_path / "cut.safetensors", lr=0.1, full=full)
 
 
+def test_the_last_stage_trains_the_tails_alone(llama, tmp_path):
+    """With it and without, the adapters end the same; the tails do not."""
+    without, _ = heal_small(llama, tmp_path / "short.safetensors", tokens=32 * 4 * 10, long_share=0.0)
+    whole, curve = heal_small(llama, tmp_path / "whole.safetensors")
+    assert [tokens for tokens, _ in curve["valid"]][-2:] == [32 * 4 * 10 + 64 * 4, 32 * 4 * 10 + 64 * 4 * 2]
+    for (name, a), b in zip(without.named_parameters(), whole.parameters()):
+        assert torch.equal(a, b) != name.endswith(("_map", "tail_logit")), name
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(llama, tmp_path):
     with pytest.raises(distill.Diverged, match="try a lower --lr"):
         heal_small(llama, tmp_path / "c.safetensors", lr=1e30)

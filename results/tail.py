@@ -1,6 +1,6 @@
 """What the parts of the L layers are worth in a healed model:
 
-    python results/tail.py MODEL --base DIR --valid FILE [--sequences 4] [--passkeys 20]
+    python results/tail.py MODEL --base DIR --valid FILE [--sequences 4] [--passkeys 20] [--off tail window sinks]
 
 Reads sequences of 8,192 tokens (or what the model was made for) and gives KL to the base and top-1 agreement by position in the
 text, with the model as it is and with the tail, the window or the sinks of all its L layers off; passkey recall with the same;
@@ -48,6 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model"), parser.add_argument("--base", required=True), parser.add_argument("--valid", required=True)
     parser.add_argument("--sequences", type=int, default=4), parser.add_argument("--passkeys", type=int, default=20)
+    parser.add_argument("--off", nargs="*", choices=("tail", "window", "sinks"), default=["tail", "window", "sinks"])
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
@@ -75,7 +76,7 @@ def main() -> None:
         report["tail_share"][i] = [float(share[a:b].mean()) for a, b in zip(edges, edges[1:])]
 
     targets = [base.hidden(row[None])[0] for row in ids]
-    for name in ("whole", "tail", "window", "sinks"):
+    for name in ("whole", *args.off):
         model = load_model(args.model, dtype=dtype)
         if name != "whole":
             switch_off(model, name)
