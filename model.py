@@ -533,7 +533,7 @@ def read_weights(folder: Path, model: Model, dtype: torch.dtype, device: str) ->
     weights, wrong = {}, []
     for file in files:
         if not file.exists():
-            other = " (only safetensors are loaded, never pickled .bin files)" if list(folder.glob("*.bin")) else ""
+            other = " (only safetensors are loaded, never .bin files)" if list(folder.glob("*.bin")) else ""
             raise InputError(f"{file}: no such file{other}")
         try:
             opened = safe_open(file, framework="pt", device="cpu")
