@@ -4,7 +4,7 @@
 
 Reads sequences of 8,192 tokens (or what the model was made for) and gives KL to the base and top-1 agreement by position in the
 text, with the model as it is and with the tail, the window or the sinks of all its L layers off; passkey recall with the same;
-and for each L layer the share of the attention's weight that goes to the tail, by position, averaged over its heads.
+and for each L layer the share of the attention's weight that goes to the tail, by position in the first sequence, averaged over heads.
 The last line is one JSON document.
 """
 
