@@ -244,7 +244,7 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
     step, curve = optimizer.load(checkpoint, identity) if checkpoint.exists() else (0, {"train": [], "valid": []})
 
     rank, world = rank_and_world()
-    targets = [(ids, teacher.hidden(ids)) for ids in valid.to(teacher.device)[rank::world].split(settings.batch)]
+    targets = [(ids, teacher.hidden(ids)) for ids in valid.to(teacher.device)[rank::world].split(4)]
     stop, saved = Interrupt(), time.monotonic()
     tokens = settings.tokens_after
     with stop, tqdm(total=tokens(settings.steps), initial=tokens(step), desc="healing", unit="tok", unit_scale=True) as bar:

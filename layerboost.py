@@ -50,7 +50,7 @@ COMPILE_FROM = 400                                  # seconds of expected work: 
 TINY = Path(os.path.relpath(Path(__file__).resolve().parent / "tiny"))
 DEFAULTS = {"data": C4, "tokens": 10_000_000}
 TINY_DEFAULTS = {"model": str(TINY), "data": str(TINY / "train.jsonl.gz"), "valid": str(TINY / "valid.jsonl.gz"),
-                 "tokens": 120_000, "keep": 6, "drop": 1}       # what stands for flags that are not given
+                 "tokens": 90_000, "keep": 6, "drop": 1}       # what stands for flags that are not given
 
 
 NEXT_STEPS = """
