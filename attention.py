@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import (Past, apply_rotary, causal_mask, favor_projection, feature_map, feature_size, softmax_attention,
-                     softmax_step, window_linear_attention, window_linear_step)
+                     window_linear_attention, window_linear_step)
 
 
 class RMSNorm(nn.Module):
@@ -81,7 +81,7 @@ class SoftmaxAttention(nn.Module):
         mask = None
         if self.sliding_window and query.shape[2] > self.sliding_window:
             position = torch.arange(query.shape[2], device=query.device)
-            mask = causal_mask(position, position, self.sliding_window)[None, None]
+            mask = causal_mask(position, position, self.sliding_window)[None]
         return softmax_attention(query, key, value, mask)
 
     def new_cache(self, batch: int, max_tokens: int, dtype: torch.dtype, device) -> SoftmaxCache:
@@ -96,9 +96,7 @@ class SoftmaxAttention(nn.Module):
         head = torch.arange(key.shape[1], device=query.device)[:, None]
         cache.key[sequence, head, position[:, None]] = key
         cache.value[sequence, head, position[:, None]] = value
-        if query.shape[2] == 1:
-            return softmax_step(query, cache.key, cache.value, mask[:, 0])
-        return softmax_attention(query, cache.key, cache.value, mask[:, None])
+        return softmax_attention(query, cache.key, cache.value, mask)
 
 
 class WindowLinearCache:

@@ -332,7 +332,7 @@ class Optimizer:
         self.trained = trained
         self.masters = {name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
                         for name, p in trained.items()}
-        self.adam = torch.optim.AdamW(self.masters.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
+        self.adam = torch.optim.AdamW(self.masters.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
     def step(self, learning_rate: float) -> None:
         for name, parameter in self.trained.items():

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+QUERY_BLOCK = 64    # queries of tier S whose scores exist at one time, on a CPU
 FEATURE_MAPS = ("hedgehog", "elu", "relu", "favor", "none")
 
 
@@ -92,15 +93,31 @@ def naive_softmax_attention(query: Tensor, key: Tensor, value: Tensor, sliding_w
 
 
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The same through torch's fused kernel: causal, or under `mask` [B or 1, 1, T, keys] (True where a key is seen)."""
-    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=True)
+    """The same, causal or under `mask` [B or 1, T, keys] (True where a key is seen), without [T, keys] weights in memory.
+
+    On a GPU by torch's fused kernel. That one runs at a fifth of a CPU's rate of multiplying matrices; so here a block of
+    queries at a time, whose scores stay in the processor's cache, over no keys beyond them where it is causal.
+    """
+    tokens = query.shape[2]
+    if query.is_cuda and tokens > 1:
+        return F.scaled_dot_product_attention(query, key, value, mask if mask is None else mask[:, None], is_causal=mask is None,
+                                              enable_gqa=True)
+    position, out = torch.arange(tokens, device=query.device), []
+    for start in range(0, tokens, QUERY_BLOCK):
+        block = slice(start, min(start + QUERY_BLOCK, tokens))
+        keys = slice(block.stop if mask is None else None)
+        seen = causal_mask(position[block], position[keys])[None] if mask is None else mask[:, block]
+        out.append(attend_block(query[:, :, block], key[:, :, keys], value[:, :, keys], seen))
+    return torch.cat(out, dim=2)
 
 
-def softmax_step(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
-    """The same for one query a sequence: [B, H, 1, D] over key, value [B, G, tokens, D], of which `seen` [B, tokens] are
-    seen. As products in which a key/value head meets all of its query heads at once, it reads each key once, which is what
-    a step's time goes into; the fused kernel is made for many queries a sequence."""
-    return (step_scores(query, key, seen).softmax(-1).to(value.dtype) @ value).view(query.shape)
+def attend_block(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v for a few queries a sequence, or one: [B, H, T, D] over key, value [B, G, keys, D], of which
+    `seen` [B or 1, T, keys] are seen. As products in which a key/value head meets all of its query heads at once it reads
+    each key once, which is what a decoding step's time goes into."""
+    scores = group_heads(query * query.shape[-1] ** -0.5, key.shape[1]) @ key.transpose(-1, -2)     # (B, G, R * T, keys)
+    scores = scores.unflatten(2, (-1, query.shape[2])).masked_fill(~seen[:, None, None], -torch.inf).flatten(2, 3)
+    return (scores.softmax(-1) @ value).view(query.shape)
 
 
 def step_scores(query: Tensor, key: Tensor, seen: Tensor) -> Tensor:
@@ -110,11 +127,11 @@ def step_scores(query: Tensor, key: Tensor, seen: Tensor) -> Tensor:
 
 
 def group_heads(x: Tensor, groups: int) -> Tensor:
-    """[B, H, 1, D] -> [B, G, H / G, D]: the query heads that share a key/value head."""
-    return x.view(x.shape[0], groups, -1, x.shape[-1])
+    """[B, H, T, D] -> [B, G, H / G * T, D]: the query heads that share a key/value head, as rows of one matrix."""
+    return x.reshape(x.shape[0], groups, -1, x.shape[-1])
 
 
-def causal_mask(query_position: Tensor, key_position: Tensor, sliding_window: int | None) -> Tensor:
+def causal_mask(query_position: Tensor, key_position: Tensor, sliding_window: int | None = None) -> Tensor:
     """[..., T] and [..., keys] positions -> [..., T, keys], True where a query sees a key."""
     distance = query_position[..., :, None] - key_position[..., None, :]
     return (distance >= 0) & (distance < sliding_window) if sliding_window else distance >= 0
@@ -190,9 +207,9 @@ def local_attention(query: Tensor, key: Tensor, value: Tensor, past: Past, windo
     band, and those sinks that are no longer in its window. Returns float32 [B, H, T, D], [B, H, T, 1], m [B, H, T, 1].
     """
     tokens = query.shape[2]
-    query = split_chunks(query.float() * query.shape[-1] ** -0.5, key.shape[1], chunk)      # (B, G, n, R * C, D)
+    query = split_chunks(query * query.shape[-1] ** -0.5, key.shape[1], chunk)              # (B, G, n, R * C, D)
     n = query.shape[2]
-    band_key, band_value = (F.pad(x.float(), (0, 0, 0, n * chunk + window - x.shape[2])).unfold(2, chunk + window, chunk)
+    band_key, band_value = (F.pad(x, (0, 0, 0, n * chunk + window - x.shape[2])).unfold(2, chunk + window, chunk)
                             for x in (key, value))                                          # (B, G, n, D, C + w)
     position = past.start[:, None, None] + torch.arange(n * chunk, device=query.device).view(n, chunk)    # (B, n, C)
     j = torch.arange(chunk, device=query.device)[:, None]
@@ -202,13 +219,13 @@ def local_attention(query: Tensor, key: Tensor, value: Tensor, past: Past, windo
     sink = torch.arange(past.sink_key.shape[2], device=query.device)
     seen_sink = sink <= position[..., None] - window                                        # (B, n, C, s)
 
-    scores = torch.cat((query @ past.sink_key.float()[:, :, None].transpose(-1, -2), query @ band_key), dim=-1)
+    scores = torch.cat((query @ past.sink_key[:, :, None].transpose(-1, -2), query @ band_key), dim=-1).float()
     seen = torch.cat((seen_sink, seen_band), dim=-1)[:, None, :, None]                      # (B, 1, n, 1, C, s + C + w)
     scores = scores.unflatten(3, (-1, chunk)).masked_fill(~seen, -torch.inf).flatten(3, 4)  # (B, G, n, R * C, s + C + w)
     largest = scores.detach().amax(-1, keepdim=True)
     weights = torch.exp(scores - largest)
-    sink_weights, band_weights = weights.split((sink.numel(), chunk + window), dim=-1)
-    numerator = band_weights @ band_value.transpose(-1, -2) + sink_weights @ past.sink_value.float()[:, :, None]
+    sink_weights, band_weights = weights.to(value.dtype).split((sink.numel(), chunk + window), dim=-1)
+    numerator = band_weights @ band_value.transpose(-1, -2) + sink_weights @ past.sink_value[:, :, None]
     denominator = weights.sum(-1, keepdim=True)
     return (join_chunks(x, tokens, chunk) for x in (numerator, denominator, largest))
 
@@ -255,7 +272,7 @@ def window_linear_step(query: Tensor, phi_query: Tensor | None, tail_logit: Tens
     O(window + sinks + F) at any position.
     """
     if phi_query is None:
-        return softmax_step(query, key, value, seen)
+        return attend_block(query, key, value, seen[:, None])
     scores = step_scores(query, key, seen)
     b = tail_logit.view(key.shape[1], -1, 1)
     largest = torch.maximum(scores.amax(-1, keepdim=True), b)
