@@ -4,7 +4,7 @@
 
 Each row heals on the first `tokens` tokens of a fixed shuffle of DATA's sequences of 1,024 tokens, learning rate warmed up over a
 twentieth and lowered to zero along a cosine, and ends with KL and top-1 agreement on 16 sequences of VALID. Rows are appended to
-results/healing.jsonl. What is not in the product (hidden-state alignment, least squares) is written out here.
+results/healing.jsonl. What is not in the product (hidden-state alignment, least squares, temperature and so on) is written out here.
 """
 
 import argparse
@@ -27,7 +27,8 @@ from model import convert, load_model, load_tokenizer
 
 TIER = "LLSLSLXLXXLXLLLSLXSLSSSSLLXLLL"         # --keep 8 --drop 6 from results/smollm2-200k/scan.json
 DEFAULT = {"plan": TIER, "window": 64, "sinks": 4, "feature_map": "hedgehog", "batch": 1, "context": 1024, "lr": 1e-3, "rank": 16,
-           "full": False, "hidden": 0.0, "solve": 0, "transfer": 0.05, "muon": False}
+           "full": False, "hidden": 0.0, "solve": 0, "transfer": 0.05, "muon": False, "temperature": 1.0, "cross_entropy": 0.0, "narrow": 0,
+           "own_text": False, "norms": False, "adapters": ""}
 RECIPES = {
     "batch 1": {},
     "batch 4": {"batch": 4},
@@ -43,6 +44,13 @@ RECIPES = {
     "sequences of 512, no attention transfer": {"context": 512, "transfer": 0.0},
     "sequences of 512, Muon on the adapters": {"context": 512, "muon": True},
     "sequences of 512, Muon on the adapters, lr 3e-4": {"context": 512, "muon": True, "lr": 3e-4},
+    "sequences of 512, temperature 2": {"context": 512, "temperature": 2.0},
+    "sequences of 512, a tenth of the loss the text's own cross-entropy": {"context": 512, "cross_entropy": 0.1},
+    "sequences of 512, a window of 16 in every fourth step": {"context": 512, "narrow": 16},
+    "sequences of 512, sampled from the teacher": {"context": 512, "own_text": True},
+    "sequences of 512, the norms trained too": {"context": 512, "norms": True},
+    "sequences of 512, adapters on the MLPs alone": {"context": 512, "adapters": ".mlp."},
+    "sequences of 2048": {"context": 2048},
 }
 EQUAL_CACHE = 244       # the window of 30 L layers that keep as many bytes of a sequence of 1,024 tokens as 8 S and 16 L layers
 PLANS = {               # all with sequences of 512: the row of that name in RECIPES is the tier plan's
@@ -64,6 +72,26 @@ def hidden_states(model, ids):
         x = model.run_layers(x, i, i + 1)
         states.append(x)
     return states
+
+
+def softened_distillation(teacher, student, ids, temperature: float, share: float):
+    """(1 - share) times tau^2 KL of the distributions at temperature tau (arXiv 1503.02531), plus `share` times the cross-entropy
+    of the text."""
+    with torch.no_grad():
+        theirs = teacher.hidden(ids)
+    ours = student.hidden(ids)
+    kl = sliced_kl(ours.flatten(0, 1) / temperature, theirs.flatten(0, 1) / temperature, student.head, teacher.head) * temperature**2
+    loss = (1 - share) * kl
+    if share:
+        loss = loss + share * F.cross_entropy((ours[:, :-1].flatten(0, 1) @ student.head.T).float(), ids[:, 1:].flatten())
+    loss.backward()
+    return kl.detach()
+
+
+@torch.inference_mode()
+def sampled(teacher, starts, context: int, together: int = 32):
+    """Sequences [N, context] that the teacher writes on from 16 tokens each, at temperature 1."""
+    return torch.cat([teacher.generate(ids[:, :16], context - 16, 1.0, seed=i) for i, ids in enumerate(starts.split(together))]).clone()
 
 
 def aligned_distillation(teacher, student, ids, weight: float):
@@ -140,6 +168,8 @@ def trial(teacher, train, valid, tokens: int, o: dict) -> dict:
     torch.manual_seed(0)
     train = train.flatten()[:train.numel() // o["context"] * o["context"]].view(-1, o["context"])
     train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(1))]
+    if o["own_text"]:
+        train = sampled(teacher, train[:tokens // o["context"]], o["context"])
     student = convert(teacher, o["plan"], o["window"], o["sinks"], o["feature_map"])
     tails = {f"layers.{i}.self_attn.{name}" for i, tier in enumerate(o["plan"]) if tier == "L"
              for name in student.layers[i].self_attn.tail_parameters()}
@@ -155,7 +185,13 @@ def trial(teacher, train, valid, tokens: int, o: dict) -> dict:
             setattr(student.get_submodule(parent), leaf, nn.Parameter(p.detach().clone()))
     else:
         add_adapters(student, o["rank"], 0)
-    learns = lambda name: name in tails or name.endswith((".A", ".B")) or o["full"] and "embed" not in name and not name.endswith("_map")
+    if o["norms"]:
+        for layer in student.layers:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                if norm is not None:
+                    norm.weight = nn.Parameter(norm.weight.detach().clone())
+    learns = lambda name: name in tails or name.endswith((".A", ".B")) and o["adapters"] in name or o["norms"] and "layernorm" in name \
+        or o["full"] and "embed" not in name and not name.endswith("_map")
     trained = {name: p for name, p in student.named_parameters() if learns(name)}
     student.requires_grad_(False)
     factors = {name for name in trained if o["muon"] and name.endswith((".A", ".B"))}
@@ -168,6 +204,7 @@ def trial(teacher, train, valid, tokens: int, o: dict) -> dict:
         begun = time.monotonic()
         ids = train[used + step * o["batch"]:used + (step + 1) * o["batch"]]
         transfer = step < transfer_steps
+        student.config.window = o["narrow"] if o["narrow"] and step % 4 == 3 else o["window"]
         first, last, peak = (0, transfer_steps, 1e-2) if transfer else (transfer_steps, steps, o["lr"])
         for name, p in trained.items():
             p.requires_grad_(not transfer or name in tails)
@@ -175,6 +212,8 @@ def trial(teacher, train, valid, tokens: int, o: dict) -> dict:
             loss = attention_transfer(teacher, student, ids)
         elif o["hidden"]:
             loss = aligned_distillation(teacher, student, ids, o["hidden"])
+        elif o["temperature"] != 1 or o["cross_entropy"]:
+            loss = softened_distillation(teacher, student, ids, o["temperature"], o["cross_entropy"])
         else:
             loss = distillation(teacher, student, ids)
         done, warm_up = step - first, max(1, (last - first) * 0.05)
@@ -184,6 +223,7 @@ def trial(teacher, train, valid, tokens: int, o: dict) -> dict:
         seconds.append(time.monotonic() - begun)
         if (step + 1) % max(1, steps // 10) == 0:
             print(f"  step {step + 1} of {steps}, loss {float(loss):.4f}", file=sys.stderr, flush=True)
+    student.config.window = o["window"]
     if not o["full"]:
         merge_adapters(student)
     rate = o["batch"] * o["context"] / sorted(seconds)[len(seconds) // 2]
