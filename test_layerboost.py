@@ -217,8 +217,18 @@ def test_a_window_over_everything_is_softmax_attention():
     softmax, _ = layer_of("none", 40, 0, attention.SoftmaxAttention)
     x = torch.randn(2, 40, 48)
     torch.testing.assert_close(run_layer(window, frequencies, x), run_layer(softmax, frequencies, x), rtol=1e-5, atol=1e-5)
-    query, key, value, *_ = random_inputs(33, "none")
-    torch.testing.assert_close(kernels.softmax_attention(query, key, value), kernels.naive_softmax_attention(query, key, value), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 40])
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 150])
+def test_softmax_attention_in_blocks_equals_the_formula(tokens, sliding_window):
+    inputs = [x.requires_grad_(True) for x in random_inputs(tokens, "none")[:3]]
+    expected, position = kernels.naive_softmax_attention(*inputs, sliding_window), torch.arange(tokens)
+    mask = kernels.causal_mask(position, position, sliding_window)[None] if sliding_window else None
+    actual, weight = kernels.softmax_attention(*inputs, mask), torch.randn(expected.shape)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(*(torch.autograd.grad((out * weight).sum(), inputs) for out in (actual, expected))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_performer_features_estimate_the_softmax_kernel():
