@@ -4,6 +4,7 @@
     python results/measure.py memory            peak memory of tier L's parallel form against the number of tokens
     python results/measure.py healing SHAPE     peak memory of healing one sequence of 1,024 tokens, with activation checkpointing and
                                                 without, and what it is made of; SHAPE as in bench.py
+    python results/measure.py attention         milliseconds of tier S's attention against torch's fused kernel: SmolLM2's heads, bfloat16
     python results/measure.py rate MODEL B T    tokens a second of distillation, B sequences of T tokens a step, rank 16, bfloat16: to
                                                 be set beside a peer's in alternating runs
 """
@@ -100,6 +101,31 @@ def healing_rate(path: str, batch: int, context: int, steps: int = 4) -> dict:
             "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
 
 
+def attention_times() -> list[dict]:
+    """9 query heads on 3 key/value heads of 64: T causal queries, or the last 512 of more keys as a prompt's chunks are read."""
+    def best(run) -> float:
+        seconds = []
+        for _ in range(12):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+        return round(1e3 * min(seconds), 2)
+    rows = []
+    for tokens, keys in ((512, 512), (1024, 1024), (4096, 4096), (512, 1024), (512, 4096)):
+        query, key, value = (torch.randn(1, heads, count, 64, dtype=torch.bfloat16, requires_grad=True) for heads, count in ((9, tokens), (3, keys), (3, keys)))
+        mask = None if tokens == keys else kernels.causal_mask(torch.arange(keys - tokens, keys), torch.arange(keys))[None]
+        fused = lambda: torch.nn.functional.scaled_dot_product_attention(query, key, value, mask if mask is None else mask[:, None],
+                                                                         is_causal=mask is None, enable_gqa=True)
+        ours = lambda: kernels.softmax_attention(query, key, value, mask)
+        row = {"queries": tokens, "keys": keys}
+        for name, run in (("fused", fused), ("ours", ours)):
+            with torch.no_grad():
+                row[f"{name}_ms"] = best(run)
+            row[f"{name}_with_backward_ms"] = best(lambda: run().sum().backward())
+        rows.append(row)
+    return rows
+
+
 def healing_models(teacher):
     """It, and a student with adapters of rank 16 under the plan that bench.py takes by default."""
     n, few = len(teacher.layers), round(len(teacher.layers) * 4 / 15)
@@ -123,6 +149,8 @@ if __name__ == "__main__":
         print(json.dumps(scan_cost(sys.argv[2])))
     elif sys.argv[1:] == ["memory"]:
         print(json.dumps({str(tokens): alone(f"added_bytes({tokens})") for tokens in (1024, 2048, 4096, 8192, 16384)}))
+    elif sys.argv[1:] == ["attention"]:
+        print(json.dumps(attention_times()))
     elif sys.argv[1:2] == ["healing"] and len(sys.argv) == 3:
         peak = {name: alone(f"healing_peak({sys.argv[2]!r}, {flag})") for name, flag in (("kept", False), ("recomputed", True))}
         print(json.dumps({"shape": sys.argv[2], "peak_bytes": peak, "at_least": healing_arithmetic(sys.argv[2])}))
