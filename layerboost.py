@@ -48,7 +48,7 @@ VALID_SEQUENCES = 32                                # of CONTEXT tokens, for the
 COMPILE_FROM = 400                                  # seconds of expected work: compiling takes one to two minutes
 
 TINY = Path(os.path.relpath(Path(__file__).resolve().parent / "tiny"))
-DEFAULTS = {"data": C4, "tokens": 10_000_000}
+DEFAULTS = {"data": C4, "tokens": 10_000_000, "drop": 0}
 TINY_DEFAULTS = {"model": str(TINY), "data": str(TINY / "train.jsonl.gz"), "valid": str(TINY / "valid.jsonl.gz"),
                  "tokens": 90_000, "keep": 6, "drop": 1}       # what stands for flags that are not given
 
@@ -382,7 +382,6 @@ def check_arguments(model: Model, args) -> tuple[Healing, list[str], dict, str |
         raise InputError(f"--model {args.model}: is converted already (plan {model.plan}); start from the original, or give "
                          "--prompt, or measure it with bench.py")
     args.keep = round(n / 3) if args.keep is None else args.keep
-    args.drop = round(n / 5) if args.drop is None else args.drop
     if args.keep < 0 or args.drop < 0 or args.keep + args.drop > n:
         raise InputError(f"--keep {args.keep} --drop {args.drop}: the model has {n} layers; give two numbers, together at most {n}")
     measures = args.measure.split("+")
@@ -511,7 +510,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--tasks", "FILE", "also evaluates these question files, the first --limit items of each.", nargs="+", default=[])
     add("--tokens", "N", "heals on this many tokens, as 200k or 10M. [10M]", type=token_count)
     add("--keep", "K", "keeps softmax attention in this many layers. [a third]", type=int)
-    add("--drop", "N", "removes the attention of this many. [a fifth]", type=int)
+    add("--drop", "N", "removes the attention of this many: costly (results/healing.md). [0]", type=int)
     add("--planner", None, "picks them: the least summed damage, the paper's bands, or step by step.",
         choices=("tier", "paper", "greedy"), default="tier")
     add("--plan", "LETTERS", "states the plan instead, one of S, L, X per layer, or uniform:L; nothing is scanned.")

@@ -3,7 +3,8 @@
     python results/healing.py MODEL DATA VALID [--tokens 48k] NAME...        the rows of RECIPES and PLANS below by their names
 
 Each row heals on the first `tokens` tokens of a fixed shuffle of DATA's sequences of 1,024 tokens, learning rate warmed up over a
-twentieth and lowered to zero along a cosine, and ends with KL and top-1 agreement on 16 sequences of VALID. Rows are appended to
+twentieth and lowered to zero along a cosine, and ends with KL and top-1 agreement on 16 sequences of VALID and
+passkey recall, 10 prompts a length. Rows are appended to
 results/healing.jsonl. What is not in the product (hidden-state alignment, least squares, temperature and so on) is written out here.
 """
 
@@ -55,6 +56,7 @@ RECIPES = {
 EQUAL_CACHE = 244       # the window of 30 L layers that keep as many bytes of a sequence of 1,024 tokens as 8 S and 16 L layers
 PLANS = {               # all with sequences of 512: the row of that name in RECIPES is the tier plan's
     "tier, L without its tail": {"feature_map": "none"},
+    "tier, none removed": {"plan": "LLLLSLLLSLLLLLLSLLSLSSSSLLLLLL"},                   # --keep 8 --drop 0
     "paper": {"plan": "SSLLLLLLXXLLXLLSSXSSSLLLSXXLLL"},
     "random attention removed": {"plan": "LXSLSLLLLLXLLLXSXLSXSSSSXLLLLL"},      # the same softmax layers; X drawn with seed 0
     "uniform L (LoLCATs)": {"plan": "L" * 30, "window": EQUAL_CACHE},
@@ -163,7 +165,7 @@ def judge(teacher, student, valid) -> dict:
     return {"kl": float(total[1]) / valid.numel(), "agreement": float(total[2]) / valid.numel()}
 
 
-def trial(teacher, train, valid, tokens: int, o: dict) -> dict:
+def trial(teacher, tokenizer, train, valid, tokens: int, o: dict) -> dict:
     started = time.monotonic()
     torch.manual_seed(0)
     train = train.flatten()[:train.numel() // o["context"] * o["context"]].view(-1, o["context"])
@@ -227,7 +229,8 @@ def trial(teacher, train, valid, tokens: int, o: dict) -> dict:
     if not o["full"]:
         merge_adapters(student)
     rate = o["batch"] * o["context"] / sorted(seconds)[len(seconds) // 2]
-    return figures | judge(teacher, student, valid) | {"tokens_per_second": rate, "seconds": time.monotonic() - started}
+    recall = bench.passkey_recall(student, tokenizer, valid, (512, 2048), 2)["recall"]
+    return figures | judge(teacher, student, valid) | {"recall": recall, "tokens_per_second": rate, "seconds": time.monotonic() - started}
 
 
 def main() -> None:
@@ -243,7 +246,7 @@ def main() -> None:
     valid = pack(read_documents(args.valid, "--valid"), tokenizer, eos, 1024, 16 * 1024)
     for name in args.names:
         changed = RECIPES[name] if name in RECIPES else {"context": 512} | PLANS[name]
-        row = {"name": name, "tokens": args.tokens, **DEFAULT, **changed, **trial(teacher, train, valid, args.tokens, DEFAULT | changed)}
+        row = {"name": name, "tokens": args.tokens, **DEFAULT, **changed, **trial(teacher, tokenizer, train, valid, args.tokens, DEFAULT | changed)}
         print(json.dumps(row), flush=True)
         with open(Path(__file__).parent / "healing.jsonl", "a") as rows:
             rows.write(json.dumps(row) + "\n")
