@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-QUERY_BLOCK = 64    # queries of tier S whose scores exist at one time, on a CPU
+BLOCK_SCORES = 2**17    # scores of a head of tier S that exist at one time on a CPU, for 16 to 64 queries
 FEATURE_MAPS = ("hedgehog", "elu", "relu", "favor", "none")
 
 
@@ -99,12 +99,15 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     queries at a time, whose scores stay in the processor's cache, over no keys beyond them where it is causal.
     """
     tokens = query.shape[2]
-    if query.is_cuda and tokens > 1:
+    if tokens == 1 and mask is not None:                                # a decoding step
+        return attend_block(query, key, value, mask)
+    if query.is_cuda:
         return F.scaled_dot_product_attention(query, key, value, mask if mask is None else mask[:, None], is_causal=mask is None,
                                               enable_gqa=True)
     position, out = torch.arange(tokens, device=query.device), []
-    for start in range(0, tokens, QUERY_BLOCK):
-        block = slice(start, min(start + QUERY_BLOCK, tokens))
+    size = max(16, min(64, BLOCK_SCORES // key.shape[2]))
+    for start in range(0, tokens, size):
+        block = slice(start, min(start + size, tokens))
         keys = slice(block.stop if mask is None else None)
         seen = causal_mask(position[block], position[keys])[None] if mask is None else mask[:, block]
         out.append(attend_block(query[:, :, block], key[:, :, keys], value[:, :, keys], seen))

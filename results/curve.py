@@ -11,11 +11,12 @@ from matplotlib import pyplot
 out, *reports = sys.argv[1:]
 pyplot.rcParams["svg.hashsalt"] = "layerboost"              # the same file for the same figures
 pyplot.figure(figsize=(7, 4))
-for report in map(json.load, map(open, reports)):
+for report in (json.load(open(path)) for path in reports):
     tokens, kl = zip(*report["healing"]["valid"])
+    plan = report["healed"]["plan"]
     pyplot.plot([max(t, 5e3) for t in tokens], kl, marker="o", markersize=3,
-                label=f"{tokens[-1]:,} tokens: KL {report['healed']['kl']:.3f}, agreement {report['healed']['agreement']:.1%}")
+                label=f"{plan.count('S')} S, {plan.count('L')} L, {plan.count('X')} X, {tokens[-1]:,} tokens: KL {report['healed']['kl']:.3f}, agreement {report['healed']['agreement']:.1%}")
 pyplot.xscale("log"), pyplot.ylim(0), pyplot.grid(alpha=0.3)
 pyplot.xlabel("tokens seen (at the left edge: none)"), pyplot.ylabel("validation KL to the original, nats a token")
-pyplot.legend(title="whole runs, the rate lowered to zero at their ends; report's figures", title_fontsize="small")
+pyplot.legend(fontsize="small", title="whole runs, the rate lowered to zero at their ends; report's figures", title_fontsize="small")
 pyplot.savefig(out, bbox_inches="tight", metadata={"Date": None})
