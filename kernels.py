@@ -137,8 +137,9 @@ def group_heads(x: Tensor, groups: int) -> Tensor:
 
 def causal_mask(query_position: Tensor, key_position: Tensor, sliding_window: int | None = None) -> Tensor:
     """[..., T] and [..., keys] positions -> [..., T, keys], True where a query sees a key."""
-    distance = query_position[..., :, None] - key_position[..., None, :]
-    return (distance >= 0) & (distance < sliding_window) if sliding_window else distance >= 0
+    query_position, key_position = query_position[..., :, None], key_position[..., None, :]
+    seen = key_position <= query_position
+    return seen & (key_position > query_position - sliding_window) if sliding_window else seen
 
 
 # --- tier L: sliding-window linear attention ---------------------------------------------------------------------
