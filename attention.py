@@ -147,10 +147,12 @@ class WindowLinearAttention(SoftmaxAttention):
         make = favor_projection if self.config.feature_map == "favor" else lambda heads, D: torch.eye(D).repeat(heads, 1, 1)
         return {"query_map": make(H, D), "key_map": make(G, D), "tail_logit": torch.full((H,), start)}
 
-    def tail_parameters(self) -> list[nn.Parameter]:
-        """What attention transfer trains: b, and W where it is learned (Performer's is fixed)."""
-        kind = self.config.feature_map
-        return {"none": [], "favor": ["tail_logit"]}.get(kind, ["query_map", "key_map", "tail_logit"])
+    def tail_parameters(self) -> list[str]:
+        """What attention transfer trains: W where it is learned (Performer's is fixed), and b, which cancels out where nothing
+        is local."""
+        c = self.config
+        maps = ["query_map", "key_map"] if c.feature_map not in ("none", "favor") else []
+        return maps + (["tail_logit"] if c.feature_map != "none" and c.window + c.sinks else [])
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         B, G, tokens, D = key.shape

@@ -216,6 +216,12 @@ class Healing:
         return train.flatten()[:count * tokens].view(count, tokens)[rows]
 
 
+def tail_names(student: Model) -> set[str]:
+    """The parameters of the L layers' tails that can learn, by their names in the model."""
+    return {f"layers.{i}.self_attn.{name}" for i, tier in enumerate(student.plan) if tier == "L"
+            for name in student.layers[i].self_attn.tail_parameters()}
+
+
 def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings: Healing, checkpoint: Path,
          identity: dict, checkpoint_every: float = 180.0) -> dict:
     """Heals `student` in place and merges its adapters. Returns the curve: under `train` the loss of every step (stage 1's
@@ -226,8 +232,7 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
     from there; `identity` says what else must be the same for that (the model, the plan, the data).
     Raises Diverged when the loss is not finite, InputError when the checkpoint was made with other settings.
     """
-    tails = {f"layers.{i}.self_attn.{name}" for i, tier in enumerate(student.plan) if tier == "L"
-             for name in student.layers[i].self_attn.tail_parameters()}
+    tails = tail_names(student)
     if settings.full:
         for name, parameter in list(student.named_parameters()):       # the teacher keeps the original tensors
             parent, _, leaf = name.rpartition(".")

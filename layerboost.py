@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from bench import (RECALL_LENGTHS, cache_bytes, evaluate, format_table, mean, passkey_prompts, pick_device, pick_dtype,
                    read_task, score_hidden, table, task_accuracy, task_prompts)
-from distill import C4, Diverged, Healing, gather, heal, pack, rank_and_world, read_documents
+from distill import C4, Diverged, Healing, gather, heal, pack, rank_and_world, read_documents, tail_names
 from kernels import ROWS, fused_kl
 from model import (InputError, Model, Tokenizer, convert, find_model, load_model, load_tokenizer, parse_plan, read_json,
                    save_model, write_file)
@@ -351,7 +351,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     print(f"  {plan.count('S')} softmax, {plan.count('L')} sliding-window linear, {plan.count('X')} removed; cache of a sequence at 8k "
           f"tokens {cache_bytes(student, 8192) / 2**20:.1f} MiB, was {cache_bytes(model, 8192) / 2**20:.1f} MiB")
 
-    if "L" not in plan or args.feature_map == "none":       # there is no tail to train alone
+    if not tail_names(student):                             # nothing to train alone
         settings = replace(settings, transfer_share=0.0, long_share=0.0)
     print(f"\nHeal: {settings.trained_tokens:,} tokens, {settings.transfer_steps} steps of attention transfer, then "
           f"{settings.short_steps - settings.transfer_steps} of KL distillation, {settings.steps - settings.short_steps} on long sequences.")

@@ -338,6 +338,14 @@ def test_continuous_batching_is_exact(llama, monkeypatch):
     assert model(ids[None])[0, len(request.prompt) - 1:-1].argmax(-1).tolist() == request.output
 
 
+def test_the_fewer_sequences_wait_for_a_step_the_more_prompts_are_read_before_it(llama, monkeypatch):
+    engine, live = Engine(boosted(llama), 16), []
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: (live.append(sum(map(bool, engine.live))), step())[1])
+    list(engine.run(deque(Request(torch.zeros(5, dtype=torch.int64), 30) for _ in range(20))))
+    assert live[:11] == [4, 6, 8, 9, 10, 11, 12, 13, 14, 15, 16]
+
+
 def test_softmax_caches_have_the_room_of_the_longest_live_sequence(llama, monkeypatch):
     monkeypatch.setattr(model_module, "BUCKET", 16)
     engine = Engine(boosted(llama), 2)
@@ -677,6 +685,18 @@ def test_attention_transfer_trains_the_tails_alone(llama):
     assert 0 < error < 1 and student.layers[0].self_attn.query_map.grad.abs().sum() > 0
     wide = convert(base, "LSX", window=64, sinks=0, feature_map="hedgehog")     # the window sees everything: nothing to learn
     assert distill.attention_transfer(base, wide.requires_grad_(True), ids) < 1e-9
+
+
+@pytest.mark.parametrize("kind", kernels.FEATURE_MAPS)
+def test_what_a_tail_can_learn_is_what_gets_a_gradient(llama, kind):
+    base, ids = load_model(str(llama)), torch.randint(0, 700, (2, 64))
+    for window, sinks in ((8, 2), (0, 2), (8, 0), (0, 0)):
+        if kind == "none" and not window:
+            continue
+        student = convert(base, "SLX", window, sinks, kind).requires_grad_(True)
+        student.hidden(ids).sin().sum().backward()
+        learns = {name for name, p in student.named_parameters() if name.endswith(("_map", "tail_logit")) and p.grad is not None and p.grad.abs().sum() > 1e-6}
+        assert distill.tail_names(student) == {name for name in learns if kind != "favor" or "_map" not in name}
 
 
 def test_every_sequence_is_read_once_a_pass():
