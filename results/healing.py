@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bench
-from distill import Optimizer, add_adapters, attention_transfer, distillation, merge_adapters, pack, read_documents
+from distill import Optimizer, add_adapters, attention_transfer, distillation, merge_adapters, pack, read_documents, tail_names
 from kernels import sliced_kl
 from layerboost import token_count
 from model import convert, load_model, load_tokenizer
@@ -52,6 +52,9 @@ RECIPES = {
     "sequences of 512, the norms trained too": {"context": 512, "norms": True},
     "sequences of 512, adapters on the MLPs alone": {"context": 512, "adapters": ".mlp."},
     "sequences of 2048": {"context": 2048},
+    "sequences of 512, rank 64": {"context": 512, "rank": 64},
+    "sequences of 512, all weights of the blocks, lr 3e-4": {"context": 512, "full": True, "lr": 3e-4},
+    "sequences of 512, all weights of the blocks, lr 1e-3": {"context": 512, "full": True, "lr": 1e-3},
 }
 EQUAL_CACHE = 244       # the window of 30 L layers that keep as many bytes of a sequence of 1,024 tokens as 8 S and 16 L layers
 PLANS = {               # all with sequences of 512: the row of that name in RECIPES is the tier plan's
@@ -173,8 +176,7 @@ def trial(teacher, tokenizer, train, valid, tokens: int, o: dict) -> dict:
     if o["own_text"]:
         train = sampled(teacher, train[:tokens // o["context"]], o["context"])
     student = convert(teacher, o["plan"], o["window"], o["sinks"], o["feature_map"])
-    tails = {f"layers.{i}.self_attn.{name}" for i, tier in enumerate(o["plan"]) if tier == "L"
-             for name in student.layers[i].self_attn.tail_parameters()}
+    tails = tail_names(student)
     teacher.compiled_shapes.add((o["batch"], o["context"]))
     figures = {"before": judge(teacher, student, valid)}
     used = o["solve"] // o["context"]
