@@ -365,9 +365,8 @@ class Engine:
 
     A step gives each of `slots` sequences its next token, every one at its own position, and the slot of a finished one goes
     to the next request at once. A prompt is prefilled in a cache of its own, a chunk between two steps so that the others
-    need not wait long, and then moves into its slot; so a free slot may hold anything. A step costs the same however few
-    sequences are live, so the fewer there are, the more is read before it: slots / live chunks. All steps have the same shape
-    but for the room in the softmax caches, which is that of the longest live sequence, rounded up to BUCKET.
+    need not wait long, and then moves into its slot; so a free slot may hold anything. All steps have the same shape but for
+    the room in the softmax caches, which is that of the longest live sequence, rounded up to BUCKET.
 
     `pick(logits [B, V]) -> ids [B]` chooses the tokens, by default the likeliest. `compiled` runs the steps through
     torch.compile: once for all lengths, but a minute for 30 layers, so it is for long service.
@@ -388,16 +387,12 @@ class Engine:
         that joins its output."""
         request = None                                                              # the one whose prompt is being read
         while waiting or request or any(self.live):
-            read = 0                                                                # chunks since the last step
-            while not read or (read + 1) * sum(map(bool, self.live)) <= len(self.live):
-                if waiting and not request and None in self.live:
-                    request = waiting.popleft()
-                    staged = self.model.new_cache(1, BUCKET)
-                    chunks = prefill(self.model, request.prompt, staged)
-                if not request:
-                    break
+            if waiting and not request and None in self.live:
+                request = waiting.popleft()
+                staged = self.model.new_cache(1, BUCKET)
+                chunks = prefill(self.model, request.prompt, staged)
+            if request:
                 hidden, last = next(chunks)
-                read += 1
                 if last:
                     slot = self.admit(request, staged)
                     self.token[slot] = self.pick(hidden @ self.model.head.T)

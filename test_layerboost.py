@@ -338,14 +338,6 @@ def test_continuous_batching_is_exact(llama, monkeypatch):
     assert model(ids[None])[0, len(request.prompt) - 1:-1].argmax(-1).tolist() == request.output
 
 
-def test_the_fewer_sequences_wait_for_a_step_the_more_prompts_are_read_before_it(llama, monkeypatch):
-    engine, live = Engine(boosted(llama), 16), []
-    step = engine.step
-    monkeypatch.setattr(engine, "step", lambda: (live.append(sum(map(bool, engine.live))), step())[1])
-    list(engine.run(deque(Request(torch.zeros(5, dtype=torch.int64), 30) for _ in range(20))))
-    assert live[:11] == [4, 6, 8, 9, 10, 11, 12, 13, 14, 15, 16]
-
-
 def test_softmax_caches_have_the_room_of_the_longest_live_sequence(llama, monkeypatch):
     monkeypatch.setattr(model_module, "BUCKET", 16)
     engine = Engine(boosted(llama), 2)
