@@ -54,7 +54,6 @@ RECIPES = {
     "sequences of 2048": {"context": 2048},
     "sequences of 512, rank 64": {"context": 512, "rank": 64},
     "sequences of 512, all weights of the blocks, lr 3e-4": {"context": 512, "full": True, "lr": 3e-4},
-    "sequences of 512, all weights of the blocks, lr 1e-3": {"context": 512, "full": True, "lr": 1e-3},
 }
 EQUAL_CACHE = 244       # the window of 30 L layers that keep as many bytes of a sequence of 1,024 tokens as 8 S and 16 L layers
 PLANS = {               # all with sequences of 512: the row of that name in RECIPES is the tier plan's
