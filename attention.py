@@ -45,8 +45,6 @@ class SoftmaxCache:
         more = max_tokens - self.key.shape[2]
         if more:
             self.key, self.value = (F.pad(x, (0, 0, 0, more)).contiguous() for x in (self.key, self.value))
-            for x in (self.key, self.value):
-                torch._dynamo.mark_dynamic(x, 2)        # a compiled step is the same program for any room
 
 
 class SoftmaxAttention(nn.Module):
@@ -89,6 +87,9 @@ class SoftmaxAttention(nn.Module):
 
     def advance(self, query, key, value, cache: SoftmaxCache, positions: Tensor) -> Tensor:
         """[B, H, T, D] for the T tokens after `positions`."""
+        if 1 < query.shape[2] == cache.key.shape[2]:            # they take all of the room: nothing came before them
+            cache.key.copy_(key), cache.value.copy_(value)
+            return self.attend(query, key, value)
         position = positions[:, None] + torch.arange(query.shape[2], device=query.device)       # (B, T)
         stored = torch.arange(cache.key.shape[2], device=query.device)
         mask = causal_mask(position, stored, self.sliding_window)                               # (B, T, max_tokens)

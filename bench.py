@@ -278,17 +278,16 @@ def decode_times(engines: dict[str, Engine], context: int, steps: int = 12) -> d
     all meet the same machine. What the caches hold does not change the cost: zeros here."""
     times: dict[str, list[float]] = {name: [] for name in engines}
     for engine in engines.values():
-        engine.live = [Request(torch.zeros(context), 1)] * len(engine.live)
+        engine.live = [Request(torch.zeros(context), 1)] * engine.slots
         engine.cache.positions.fill_(context - steps - 3)
-        engine.taken.fill_(1)
     for step in range(steps + 2):                                               # two to warm up
         for name, engine in engines.items():
             start = time.perf_counter()
             engine.step().tolist()
             times[name] += [time.perf_counter() - start] * (step >= 2)
     for engine in engines.values():
-        engine.live = [None] * len(engine.live)
-        engine.cache.positions.zero_(), engine.taken.zero_()
+        engine.live = []
+        engine.cache.positions.zero_()
     return {name: sorted(seconds) for name, seconds in times.items()}
 
 

@@ -199,9 +199,14 @@ def fingerprint(*tensors: Tensor) -> str:
 
 # --- plan --------------------------------------------------------------------------------------------------------
 
+def total_damage(columns: dict[str, float], measures: list[str]) -> float:
+    """The sum of the chosen measures, none of them below zero: a passkey that was easier by luck is no gain."""
+    return sum(max(0.0, columns[m]) for m in measures)
+
+
 def costs_of(layers: list[dict], measures: list[str]) -> list[dict[str, float]]:
-    """Per layer the damage of each tier: the sum of the chosen measures, none for S, and no gain for luck below zero."""
-    return [{"S": 0.0, **{tier: sum(max(0.0, row[tier][m]) for m in measures) for tier in "LX"}} for row in layers]
+    """Per layer the damage of each tier, none for S."""
+    return [{"S": 0.0, **{tier: total_damage(row[tier], measures) for tier in "LX"}} for row in layers]
 
 
 def plan_paper(costs: list[dict], keep: int, drop: int) -> str:
@@ -236,6 +241,20 @@ def plan_greedy(costs: list[dict], keep: int, drop: int, measure, shortlist: int
             plan[min(trials, key=trials.get)] = tier
             bar.set_postfix_str(f"{''.join(plan)} damage {min(trials.values()):.3f}")
     return "".join(plan)
+
+
+def remembered(path: Path, identity: dict, measure):
+    """`measure`, its results kept in a file, so that a greedy planning that was stopped goes on where it was."""
+    made = read_json(path) if path.exists() else {}
+    damages = made["damages"] if made.get("identity") == identity else {}
+
+    def look_up(plan: str) -> float:
+        if plan not in damages:
+            damages[plan] = measure(plan)
+            if rank_and_world()[0] == 0:
+                write_file(path, lambda p: p.write_text(json.dumps({"identity": identity, "damages": damages}, indent=1)))
+        return damages[plan]
+    return look_up
 
 
 # --- what the terminal shows -------------------------------------------------------------------------------------
@@ -336,8 +355,9 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
             layers = scan(model, probes, tiers, scan_file, identity, layers)
         costs = costs_of(layers, measures)
         if args.planner == "greedy":
-            measure = lambda trial: sum(measure_plan(model, probes, tiers, trial)[m] for m in measures)
-            plan = plan_greedy(costs, args.keep, args.drop, measure)
+            damage = lambda trial: total_damage(measure_plan(model, probes, tiers, trial), measures)
+            known = remembered(out / "greedy.json", identity | {"measures": measures, "tasks": args.tasks}, damage)
+            plan = plan_greedy(costs, args.keep, args.drop, known)
         else:
             plan = {"paper": plan_paper, "tier": plan_tier}[args.planner](costs, args.keep, args.drop)
     if len(layers) == n:

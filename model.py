@@ -10,6 +10,7 @@ config.json under "layerboost", the tail parameters of the L layers in model.saf
 stored. Families: Llama 2 and 3, SmolLM 1 and 2, Mistral, Qwen2 and 2.5, Qwen3.
 """
 
+import copy
 import functools
 import json
 import math
@@ -210,18 +211,29 @@ class Cache:
             if isinstance(layer, SoftmaxCache):
                 layer.resize(max_tokens)
 
-    def put(self, slot: int, other: "Cache") -> None:
-        """The one sequence of `other`, which has no more room, becomes sequence `slot` of this one."""
-        self.positions[slot] = other.positions[0]
+    def put(self, slot: int, other: "Cache", index: int = 0) -> None:
+        """Sequence `index` of `other`, which has no more room, becomes sequence `slot` of this one."""
+        self.positions[slot] = other.positions[index]
         for mine, its in zip(self.layers, other.layers):
-            for name, x in vars(its).items() if its else ():
-                if isinstance(x, Tensor):
-                    getattr(mine, name)[slot, :, :x.shape[2]] = x[0]
+            for name, x in layer_tensors(its).items():
+                getattr(mine, name)[slot, :, :x.shape[2]] = x[index]
+
+    def first(self, count: int) -> "Cache":
+        """The first `count` sequences, in the same memory."""
+        layers = [copy.copy(layer) for layer in self.layers]
+        for layer in layers:
+            for name, x in layer_tensors(layer).items():
+                setattr(layer, name, x[:count])
+        return Cache(layers, self.positions[:count])
 
     @property
     def bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for layer in self.layers if layer for x in vars(layer).values()
-                   if isinstance(x, Tensor))
+        return sum(x.numel() * x.element_size() for layer in self.layers for x in layer_tensors(layer).values())
+
+
+def layer_tensors(cache) -> dict[str, Tensor]:
+    """What a layer's cache holds, by name; nothing for a layer without attention."""
+    return {name: x for name, x in vars(cache).items() if isinstance(x, Tensor)} if cache else {}
 
 
 class Model(nn.Module):
@@ -345,6 +357,7 @@ def rotary_frequencies(config: Config) -> Tensor:
 
 BUCKET = 256        # softmax caches have room for a multiple of this many tokens
 CHUNK = 512         # tokens of a prompt that are prefilled between two steps
+SLOTS = 4           # a step is taken by a multiple of this many slots
 
 
 @dataclass(eq=False)
@@ -363,82 +376,96 @@ class Request:
 class Engine:
     """Decodes many requests at once: continuous batching (Orca, OSDI 2022).
 
-    A step gives each of `slots` sequences its next token, every one at its own position, and the slot of a finished one goes
-    to the next request at once. A prompt is prefilled in a cache of its own, a chunk between two steps so that the others
-    need not wait long, and then moves into its slot; so a free slot may hold anything. All steps have the same shape but for
-    the room in the softmax caches, which is that of the longest live sequence, rounded up to BUCKET.
+    A step gives each live sequence its next token, every one at its own position. A prompt is prefilled in a cache of its own, a
+    chunk between two steps so that the others need not wait long, and then moves into the next slot. When a sequence ends, the
+    last live one moves into its slot: so the live ones lie together, and a step costs what they cost. It is taken by their slots,
+    rounded up to SLOTS, with the room of the longest of them in the softmax caches, rounded up to BUCKET.
 
     `pick(logits [B, V]) -> ids [B]` chooses the tokens, by default the likeliest. `compiled` runs the steps through
-    torch.compile: once for all lengths, but a minute for 30 layers, so it is for long service.
+    torch.compile: once for any number of slots and all lengths, but one or two minutes for 30 layers, so it is for long service.
     """
 
     @torch.inference_mode()
     def __init__(self, model: Model, slots: int, pick=lambda logits: logits.argmax(-1), compiled: bool = False):
-        self.model, self.pick = model, pick
+        self.model, self.slots, self.pick = model, slots, pick
         self.decode = compile_decode(model.device) if compiled else decode
+        self.live: list[Request] = []                                               # the sequence of live[i] is in slot i
         self.cache = model.new_cache(slots, BUCKET)
-        self.live: list[Request | None] = [None] * slots
         self.token = torch.zeros(slots, dtype=torch.int64, device=model.device)     # the last one of each sequence
-        self.taken = torch.zeros_like(self.token)                                   # 1 where a sequence is live
+        self.active: tuple = ()                                                     # the part of both that takes part in a step
 
     @torch.inference_mode()
     def run(self, waiting: deque[Request]):
         """Serves the requests until none is left, those put into `waiting` meanwhile too. Yields a request after each token
         that joins its output."""
-        request = None                                                              # the one whose prompt is being read
-        while waiting or request or any(self.live):
-            if waiting and not request and None in self.live:
-                request = waiting.popleft()
-                staged = self.model.new_cache(1, BUCKET)
-                chunks = prefill(self.model, request.prompt, staged)
-            if request:
+        reading = None                                                              # the request whose prompt is being read
+        while waiting or reading or self.live:
+            if waiting and not reading and len(self.live) < self.slots:
+                reading = waiting.popleft()
+                staged = self.model.new_cache(1, 0)
+                chunks = prefill(self.model, reading.prompt, staged)
+            if reading:
                 hidden, last = next(chunks)
                 if last:
-                    slot = self.admit(request, staged)
+                    slot = self.admit(reading, staged)
                     self.token[slot] = self.pick(hidden @ self.model.head.T)
-                    yield self.append(slot, int(self.token[slot]))
-                    request = None
-            if any(self.live):
-                for slot, token in enumerate(self.step().tolist()):
-                    if self.live[slot]:
-                        yield self.append(slot, token)
+                    reading.output.append(int(self.token[slot]))
+                    yield reading
+                    reading = None
+                    self.release()
+            if self.live:
+                for request, token in zip(self.live, self.step().tolist()):
+                    request.output.append(token)
+                    yield request
+                self.release()
 
     def admit(self, request: Request, staged: Cache) -> int:
-        """Moves a prompt's cache into a free slot, and returns which."""
-        slot = self.live.index(None)
-        self.live[slot], self.taken[slot] = request, 1
+        """Moves a prompt's cache into the next slot, and returns which."""
+        self.live.append(request)
         self.make_room()
-        self.cache.put(slot, staged)
-        return slot
+        self.cache.put(len(self.live) - 1, staged)
+        return len(self.live) - 1
+
+    def release(self) -> None:
+        """Frees the slots of finished requests; the last live sequence moves into each."""
+        for slot in reversed(range(len(self.live))):
+            if self.live[slot].done:
+                last = len(self.live) - 1
+                if slot < last:
+                    self.live[slot], self.token[slot] = self.live[last], self.token[last]
+                    self.cache.put(slot, self.cache, last)
+                self.live.pop()
+                self.cache.positions[last] = 0
 
     def make_room(self) -> None:
-        self.cache.resize(round_up(max(len(r.prompt) + len(r.output) for r in self.live if r)))
+        """Gives the softmax caches the room of the longest live sequence, and `active` the slots of all live ones."""
+        count = min(round_up(len(self.live), SLOTS), self.slots)
+        room = round_up(max(len(r.prompt) + len(r.output) for r in self.live), BUCKET)
+        if self.active[:2] != (count, room):
+            self.active = ()                                                        # lets go of the memory of the smaller room
+            self.cache.resize(room)
+            self.active = count, room, self.cache.first(count), self.token[:count]
+            mark_varying(*self.active[2:])
 
     def step(self) -> Tensor:
-        """The next token of every slot, [slots]; a free one's means nothing."""
+        """The next token of every live sequence."""
         self.make_room()
-        self.token = self.decode(self.model, self.token, self.cache.layers, self.cache.positions, self.pick)
-        self.cache.positions += self.taken
-        return self.token
-
-    def append(self, slot: int, token: int) -> Request:
-        request = self.live[slot]
-        request.output.append(token)
-        if request.done:
-            self.live[slot], self.taken[slot], self.cache.positions[slot] = None, 0, 0
-        return request
+        _, _, cache, token = self.active
+        token.copy_(self.decode(self.model, token, cache.layers, cache.positions, self.pick))
+        self.cache.positions[:len(self.live)] += 1
+        return self.token[:len(self.live)]
 
 
-def round_up(tokens: int) -> int:
-    return -(-tokens // BUCKET) * BUCKET
+def round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 def prefill(model: Model, prompt: Tensor, cache: Cache):
     """Reads a prompt [T] into an empty cache of one sequence, a chunk at a time; yields the last hidden state [1, hidden_size] and
-    whether that was the last chunk. The cache grows with the prompt: no chunk reads room that is still empty."""
+    whether that was the last chunk. The cache has room for what has been read and no more: no chunk reads what is still empty."""
     for start in range(0, len(prompt), CHUNK):
         end = min(start + CHUNK, len(prompt))
-        cache.resize(round_up(end))
+        cache.resize(end)
         yield model.hidden(prompt[None, start:end], cache)[:, -1], end == len(prompt)
 
 
@@ -448,12 +475,29 @@ def decode(model: Model, token: Tensor, layers: list, positions: Tensor, pick) -
     return pick(model.norm(x)[:, 0] @ model.head.T)
 
 
+@functools.cache
 def compile_decode(device: torch.device):
-    """On a GPU, CUDA graphs. On a CPU the weights become constants, laid out once as the products of matrices want them, and
-    those that share an input as one (query, key and value; gate and up): a second copy of them in memory."""
+    """One program for all engines of a model. On a GPU, CUDA graphs. On a CPU the weights become constants, laid out once as the
+    products of matrices want them, and those that share an input as one (query, key and value; gate and up): a second copy of
+    them in memory."""
     if device.type == "cuda":
         return torch.compile(decode, mode="reduce-overhead")
     return torch._inductor.config.patch({"freezing": True, "cpp.enable_concat_linear": True})(torch.compile(decode))
+
+
+def mark_varying(cache: Cache, token: Tensor) -> None:
+    """Tells torch.compile which sizes differ from step to step, the number of slots and the room in the softmax caches, and that a
+    CUDA graph may write to these tensors where they lie."""
+    for layer in cache.layers:
+        for x in layer_tensors(layer).values():
+            if x.is_cuda:                       # elsewhere this would make the cache one of the constants
+                torch._dynamo.mark_static_address(x)
+            if isinstance(layer, SoftmaxCache):
+                torch._dynamo.mark_dynamic(x, 2)
+            if len(x) > 1:
+                torch._dynamo.mark_dynamic(x, 0)
+    for x in (cache.positions, token) if len(token) > 1 else ():
+        torch._dynamo.mark_dynamic(x, 0)
 
 
 # --- conversion and weights --------------------------------------------------------------------------------------

@@ -319,6 +319,7 @@ def test_continuous_batching_is_exact(llama, monkeypatch):
     """40 requests through 7 slots, half of them sent later, give what each gives alone and what the whole model says."""
     monkeypatch.setattr(model_module, "BUCKET", 16)
     monkeypatch.setattr(model_module, "CHUNK", 13)
+    monkeypatch.setattr(model_module, "SLOTS", 2)
     model, requests, alone = boosted(llama), requests_of(40), requests_of(40)
     engine, later = Engine(model, 7), requests[20:]
     waiting, rooms, tokens = deque(requests[:20]), set(), 0
@@ -327,7 +328,7 @@ def test_continuous_batching_is_exact(llama, monkeypatch):
         tokens += 1
         if request.done and later:
             waiting.append(later.pop(0))
-    assert tokens == sum(len(request.output) for request in requests) and engine.live == [None] * 7
+    assert tokens == sum(len(request.output) for request in requests) and not engine.live
     assert len(rooms) > 2 and max(rooms) <= 112
     for request, single in zip(requests, alone):
         list(Engine(model, 1).run(deque([single])))
@@ -349,15 +350,20 @@ def test_softmax_caches_have_the_room_of_the_longest_live_sequence(llama, monkey
 
 @torch._dynamo.config.patch(error_on_recompile=True)
 def test_a_compiled_step_is_compiled_once_and_equals_the_eager_one(llama, monkeypatch):
-    """Through four sizes of the softmax cache and every kind of layer."""
-    torch.compiler.set_stance("default")
+    """Through four sizes of the softmax cache, three numbers of slots, two engines and every kind of layer."""
+    torch.compiler.set_stance("default"), torch._dynamo.reset()
+    monkeypatch.setattr(model_module, "SLOTS", 2)
     monkeypatch.setattr(model_module, "BUCKET", 16)
     model, outputs = boosted(llama), []
     for compiled in (True, False):
-        requests = requests_of(6, seed=1)
-        list(Engine(model, 3, compiled=compiled).run(deque(requests)))
+        requests, sizes = requests_of(20, seed=1), set()
+        for slots in (5, 6):
+            engine = Engine(model, slots, compiled=compiled)
+            for _ in engine.run(deque(requests[slots % 2::2])):
+                sizes.add(engine.active[:2])
         outputs.append([request.output for request in requests])
     assert outputs[0] == outputs[1]
+    assert {2, 4, 5, 6} == {count for count, _ in sizes} and len({room for _, room in sizes}) > 3
 
 
 def test_sampling():
@@ -531,6 +537,26 @@ def test_planners():
     greedy = layerboost.plan_greedy(costs, 2, 2, total)
     assert (greedy.count("S"), greedy.count("X")) == (2, 2) and total(greedy) >= total(best)
     assert layerboost.plan_tier(costs, 7, 0) == "S" * 7 and layerboost.plan_tier(costs, 0, 7) == "X" * 7
+
+
+def test_a_greedy_planning_that_was_stopped_goes_on(tmp_path):
+    """What it has measured is not measured again, but for another model."""
+    costs, measured = [{"S": 0.0, "L": i / 8, "X": 1 - i / 8} for i in range(7)], []
+
+    def planning(model, stop_after):
+        def measure(plan):
+            if len(measured) == stop_after:
+                raise KeyboardInterrupt
+            measured.append(plan)
+            return sum(cost[tier] for cost, tier in zip(costs, plan))
+        return layerboost.plan_greedy(costs, 2, 2, layerboost.remembered(tmp_path / "greedy.json", {"model": model}, measure))
+    with pytest.raises(KeyboardInterrupt):
+        planning("a", 9)
+    plan = planning("a", 99)
+    assert len(measured) == len(set(measured)) == 4 + 4 + 4 + 4 + 3
+    assert planning("a", 19) == plan
+    with pytest.raises(KeyboardInterrupt):
+        planning("b", 19)
 
 
 def test_spearman():

@@ -60,6 +60,7 @@ PLANS = {               # all with sequences of 512: the row of that name in REC
     "tier, L without its tail": {"feature_map": "none"},
     "tier, none removed": {"plan": "LLLLSLLLSLLLLLLSLLSLSSSSLLLLLL"},                   # --keep 8 --drop 0
     "paper": {"plan": "SSLLLLLLXXLLXLLSSXSSSLLLSXXLLL"},
+    "greedy": {"plan": "LLSLLLXLSXLLXLLSLXSLSSSSLXXLLL"},                           # --keep 8 --drop 6 --planner greedy
     "random attention removed": {"plan": "LXSLSLLLLLXLLLXSXLSXSSSSXLLLLL"},      # the same softmax layers; X drawn with seed 0
     "uniform L (LoLCATs)": {"plan": "L" * 30, "window": EQUAL_CACHE},
     "uniform window and sinks (StreamingLLM)": {"plan": "L" * 30, "window": EQUAL_CACHE + 130, "feature_map": "none"},
