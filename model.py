@@ -355,7 +355,7 @@ def rotary_frequencies(config: Config) -> Tensor:
 
 # --- decoding engine ---------------------------------------------------------------------------------------------
 
-BUCKET = 256        # softmax caches have room for a multiple of this many tokens
+BUCKET = 128        # softmax caches have room for a multiple of this many tokens
 CHUNK = 512         # tokens of a prompt that are prefilled between two steps
 SLOTS = 4           # a step is taken by a multiple of this many slots
 
