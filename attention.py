@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import (Past, apply_rotary, causal_mask, favor_projection, feature_map, feature_size, softmax_attention,
-                     window_linear_attention, window_linear_step)
+                     softmax_step, window_linear_attention, window_linear_step)
 
 
 class RMSNorm(nn.Module):
@@ -90,6 +90,9 @@ class SoftmaxAttention(nn.Module):
         if 1 < query.shape[2] == cache.key.shape[2]:            # they take all of the room: nothing came before them
             cache.key.copy_(key), cache.value.copy_(value)
             return self.attend(query, key, value)
+        if query.shape[2] == 1:
+            first = (positions + 1 - (self.sliding_window or cache.key.shape[2])).clamp(min=0)
+            return softmax_step(query, key, value, positions, cache.key, cache.value, first, positions + 1)
         position = positions[:, None] + torch.arange(query.shape[2], device=query.device)       # (B, T)
         stored = torch.arange(cache.key.shape[2], device=query.device)
         mask = causal_mask(position, stored, self.sliding_window)                               # (B, T, max_tokens)
@@ -120,10 +123,9 @@ class WindowLinearCache:
         is_sink = (position >= 0) & (position < self.sinks)
         return torch.where(is_sink, position, self.sinks + (position - self.sinks) % max(self.window, 1))
 
-    def seen(self, positions: Tensor) -> Tensor:
-        """[B, slots]: those that the token at `positions` [B] sees, itself among them."""
-        slot = torch.arange(self.key.shape[2], device=positions.device)
-        return (slot <= positions[:, None]) & (slot < self.sinks + self.window)
+    def filled(self, positions: Tensor) -> Tensor:
+        """[B]: how many slots, from the first on, hold what the token at `positions` [B] sees, itself among them."""
+        return (positions + 1).clamp(max=self.sinks + self.window)
 
 
 class WindowLinearAttention(SoftmaxAttention):
@@ -185,24 +187,18 @@ class WindowLinearAttention(SoftmaxAttention):
     def advance(self, query, key, value, cache: WindowLinearCache, positions: Tensor) -> Tensor:
         if query.shape[2] > 1:
             return self.prefill(query, key, value, cache, positions)
-        self.push(key, value, cache, positions)
-        phi_query = feature_map(query, self.config.feature_map, self.query_map) if self.features else None
-        return window_linear_step(query, phi_query, self.tail_logit if self.features else None, cache.key, cache.value,
-                                  cache.seen(positions), cache.state, cache.norm)
-
-    def push(self, key: Tensor, value: Tensor, cache: WindowLinearCache, positions: Tensor) -> None:
-        """Puts one token among the local ones and the one that it displaces into S and z; without a window, itself."""
-        sequence, slot = torch.arange(key.shape[0], device=key.device), cache.slot(positions)
-        new_key, new_value = key[:, :, 0], value[:, :, 0]                                               # (B, G, D)
-        old_key, old_value = new_key, new_value
+        slot, end = cache.slot(positions), cache.filled(positions)
+        local = query, key, value, slot, cache.key, cache.value
+        if not self.features:
+            return softmax_step(*local, torch.zeros_like(end), end)
+        left_key, left_value = key[:, :, 0], value[:, :, 0]             # without a window a token goes into the tail at once
         if cache.window:
-            old_key, old_value = cache.key[sequence, :, slot], cache.value[sequence, :, slot]
-        cache.key[sequence, :, slot], cache.value[sequence, :, slot] = new_key, new_value
-        if self.features:
-            phi_key = feature_map(old_key[:, :, None], self.config.feature_map, self.key_map)[:, :, 0]
-            phi_key = phi_key * (positions - cache.window >= cache.sinks)[:, None, None]                # (B, G, F)
-            cache.state.addcmul_(phi_key[..., None], old_value.float()[:, :, None])
-            cache.norm.add_(phi_key)
+            sequence = torch.arange(len(slot), device=slot.device)
+            left_key, left_value = cache.key[sequence, :, slot], cache.value[sequence, :, slot]         # (B, G, D)
+        phi_query = feature_map(query, self.config.feature_map, self.query_map)
+        phi_key = feature_map(left_key[:, :, None], self.config.feature_map, self.key_map)[:, :, 0]     # (B, G, F)
+        phi_key = phi_key * (positions - cache.window >= cache.sinks)[:, None, None]
+        return window_linear_step(*local, end, phi_query, phi_key, left_value.float(), self.tail_logit, cache.state, cache.norm)
 
     def prefill(self, query, key, value, cache: WindowLinearCache, positions: Tensor) -> Tensor:
         """Many tokens: the parallel form from the cache's state, then the cache as it is after the last one."""

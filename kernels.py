@@ -1,4 +1,4 @@
-"""The arithmetic of LayerBoost as pure tensor functions: the formula first, then the form that runs.
+"""The arithmetic of LayerBoost as functions of tensors: the formula first, then the form that runs.
 
 Tier L, sliding-window linear attention, mixes two kinds of attention under one denominator. For the query at position
 t, the first `sinks` positions and the last `window` ones (t - window < i <= t) are *local* and are attended with
@@ -14,11 +14,17 @@ exponents for safety is subtracted from a_i and from b alike, so the mix does no
 
 `naive_window_linear_attention` is that formula with [T, T] masks, and the reference for all else in this file.
 `window_linear_attention` is the same in chunks: O(T (window + sinks + F)) time and O(T) memory. `window_linear_step`
-is one token of it in O(window + sinks + F), whatever the context length.
+is one token of it in O(window + sinks + F), whatever the context length. Below them lies the one thing here that is not
+torch: a decoding step of either tier for a CPU, in C++.
 
 Shapes: B batch, T tokens, H query heads, G key/value heads (each serves H / G query heads), D head size, F features.
 """
 
+import ctypes
+import functools
+import os
+import subprocess
+import tempfile
 from typing import NamedTuple
 
 import torch
@@ -99,8 +105,6 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     queries at a time, whose scores stay in the processor's cache, over no keys beyond them where it is causal.
     """
     tokens = query.shape[2]
-    if tokens == 1 and mask is not None:                                # a decoding step
-        return attend_block(query, key, value, mask)
     if query.is_cuda:
         return F.scaled_dot_product_attention(query, key, value, mask if mask is None else mask[:, None], is_causal=mask is None,
                                               enable_gqa=True)
@@ -124,10 +128,25 @@ def attend_block(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Ten
     return (scores.softmax(-1) @ value).view(query.shape)
 
 
-def step_scores(query: Tensor, key: Tensor, seen: Tensor) -> Tensor:
-    """q . k / sqrt(D) [B, G, H / G, tokens] in float32, -inf where not seen."""
-    scores = (group_heads(query, key.shape[1]) @ key.transpose(-1, -2)).float()
-    return scores.mul_(query.shape[-1] ** -0.5).masked_fill_(~seen[:, None, None], -torch.inf)
+def softmax_step(query: Tensor, new_key: Tensor, new_value: Tensor, slot: Tensor, key: Tensor, value: Tensor, first: Tensor,
+                 end: Tensor) -> Tensor:
+    """A decoding step: a new key and value [B, G, 1, D] go to `slot` [B] of key and value [B, G, room, D], then one query a
+    sequence, [B, H, 1, D], sees those from `first` to `end` [B]. Returns [B, H, 1, D]."""
+    if in_compiled_step(key):
+        return torch.ops.layerboost.softmax_step(scaled(query), new_key, new_value, slot, key, value, first, end).to(query.dtype)
+    put(new_key, new_value, slot, key, value)
+    return attend_block(query, key, value, between(first, end, key)[:, None])
+
+
+def put(new_key: Tensor, new_value: Tensor, slot: Tensor, key: Tensor, value: Tensor) -> None:
+    sequence = torch.arange(len(slot), device=slot.device)
+    key[sequence, :, slot], value[sequence, :, slot] = new_key[:, :, 0], new_value[:, :, 0]
+
+
+def between(first: Tensor, end: Tensor, key: Tensor) -> Tensor:
+    """[B, room]: True from `first` to `end`."""
+    i = torch.arange(key.shape[2], device=key.device)
+    return (i >= first[:, None]) & (i < end[:, None])
 
 
 def group_heads(x: Tensor, groups: int) -> Tensor:
@@ -268,17 +287,23 @@ def join_chunks(x: Tensor, tokens: int, chunk: int) -> Tensor:
     return x.unflatten(3, (-1, chunk)).transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :, :tokens]
 
 
-def window_linear_step(query: Tensor, phi_query: Tensor | None, tail_logit: Tensor | None, key: Tensor, value: Tensor,
-                       seen: Tensor, state: Tensor, norm: Tensor) -> Tensor:
-    """One token, after its key and value joined the local ones and the token that they displaced went into the tail.
+def window_linear_step(query: Tensor, new_key: Tensor, new_value: Tensor, slot: Tensor, key: Tensor, value: Tensor, end: Tensor,
+                       phi_query: Tensor, phi_key: Tensor, left: Tensor, tail_logit: Tensor, state: Tensor, norm: Tensor) -> Tensor:
+    """A decoding step of tier L, O(window + sinks + F) at any position: the new key and value go to `slot` and the token that lay
+    there into the tail, then the query is answered.
 
-    query [B, H, 1, D], phi_query [B, H, 1, F]; key, value [B, G, slots, D], in any order, and seen [B, slots], which of
-    them are local to the query; state S [B, G, F, D], norm z [B, G, F] -> [B, H, 1, D].
-    O(window + sinks + F) at any position.
+    As `softmax_step`, with local keys and values in any order, the first `end` of them seen; phi_query [B, H, 1, F]; phi_key
+    [B, G, F] (zero where no token leaves) and value `left` [B, G, D] of the token that leaves, in float32; state S [B, G, F, D] and
+    norm z [B, G, F], which change in place.
     """
-    if phi_query is None:
-        return attend_block(query, key, value, seen[:, None])
-    scores = step_scores(query, key, seen)
+    if in_compiled_step(key):
+        return torch.ops.layerboost.window_linear_step(scaled(query), new_key, new_value, slot, key, value, torch.zeros_like(end), end,
+                                                       phi_query, phi_key, left, tail_logit, state, norm).to(query.dtype)
+    put(new_key, new_value, slot, key, value)
+    state.addcmul_(phi_key[..., None], left[:, :, None])
+    norm.add_(phi_key)
+    scores = (group_heads(query, key.shape[1]) @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5       # (B, G, R, slots)
+    scores = scores.masked_fill(~between(torch.zeros_like(end), end, key)[:, None, None], -torch.inf)
     b = tail_logit.view(key.shape[1], -1, 1)
     largest = torch.maximum(scores.amax(-1, keepdim=True), b)
     weights, tail_scale = torch.exp(scores - largest), torch.exp(b - largest)
@@ -286,6 +311,152 @@ def window_linear_step(query: Tensor, phi_query: Tensor | None, tail_logit: Tens
     numerator = weights.to(value.dtype) @ value + tail_scale * (phi_query @ state)
     denominator = weights.sum(-1, keepdim=True) + tail_scale * (phi_query * norm[:, :, None]).sum(-1, keepdim=True)
     return (numerator / denominator).view(query.shape).to(query.dtype)
+
+
+# --- decoding steps on a CPU -------------------------------------------------------------------------------------
+#
+# A step's time goes into reading caches. torch's products of a few rows with a cache read it at half of the speed of memory, and
+# for all sequences as far as the longest goes. This C++ reads each sequence's own keys and values, once. It is what a step under
+# torch.compile calls; an eager one takes the products above, the same formula.
+
+NUMBERS = {torch.float32: "float", torch.bfloat16: "uint16_t"}
+STEP = r"""
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+static float number(float x) { return x; }
+
+static float number(uint16_t bfloat16) {
+    uint32_t bits = uint32_t(bfloat16) << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static float exponential(float x) {         // e^x for x <= 0, as 2^n e^r with |r| <= ln(2) / 2 and the series of e^r
+    x = std::max(x, -87.0f);
+    int32_t n = int32_t(x * 1.44269504f - 0.5f), bits = (n + 127) << 23;
+    float r = x - n * 0.693147181f, power;
+    memcpy(&power, &bits, sizeof power);
+    return power * (1 + r * (1 + r * (1 / 2.0f + r * (1 / 6.0f + r * (1 / 24.0f + r * (1 / 120.0f + r / 720))))));
+}
+
+// The R query heads of a key/value head. With a_i = q . k_i and m the largest a_i so far:
+struct Attention {
+    float numerator[R][D] = {};             // sum_i exp(a_i - m) v_i
+    float denominator[R] = {};              // sum_i exp(a_i - m)
+    float largest[R];                       // m
+
+    // The tail: S += phi(k) v^T, z += phi(k), then phi(q)^T S and phi(q)^T z, at m = b.
+    void tail(const float* phi_query, const float* phi_key, const float* v, const float* b, float* S, float* z, int64_t features) {
+        std::copy_n(b, R, largest);
+        for (int64_t f = 0; f < features; f++, S += D) {
+            z[f] += phi_key[f];
+            for (int d = 0; d < D; d++) S[d] += phi_key[f] * v[d];
+            for (int r = 0; r < R; r++) {
+                float phi = phi_query[r * features + f];
+                denominator[r] += phi * z[f];
+                for (int d = 0; d < D; d++) numerator[r][d] += phi * S[d];
+            }
+        }
+    }
+
+    // Softmax over `count` keys, a block at a time; m rises from block to block (arXiv 1805.02867).
+    void keys(const float* q, const NUMBER* key, const NUMBER* value, int64_t count) {
+        float query[R][D], weight[R][BLOCK];
+        memcpy(query, q, sizeof query);
+        for (; count > 0; count -= BLOCK, key += BLOCK * D, value += BLOCK * D) {
+            int n = std::min<int64_t>(BLOCK, count);
+            for (int i = 0; i < n; i++) {
+                float a[R] = {};
+                #pragma omp simd reduction(+:a[:R])
+                for (int d = 0; d < D; d++)
+                    for (int r = 0; r < R; r++) a[r] += query[r][d] * number(key[i * D + d]);
+                for (int r = 0; r < R; r++) weight[r][i] = a[r];
+            }
+            for (int r = 0; r < R; r++) {
+                float m = largest[r], sum = 0;
+                for (int i = 0; i < n; i++) m = std::max(m, weight[r][i]);
+                for (int i = 0; i < n; i++) sum += weight[r][i] = exponential(weight[r][i] - m);
+                float scale = exponential(largest[r] - m);
+                for (int d = 0; d < D; d++) numerator[r][d] *= scale;
+                denominator[r] = denominator[r] * scale + sum;
+                largest[r] = m;
+            }
+            for (int i = 0; i < n; i++)
+                for (int r = 0; r < R; r++)
+                    for (int d = 0; d < D; d++) numerator[r][d] += weight[r][i] * number(value[i * D + d]);
+        }
+    }
+};
+
+extern "C" void step(int64_t batch, int64_t groups, int64_t room, int64_t features, float* out, const float* query, const NUMBER* new_key,
+                     const NUMBER* new_value, const int64_t* slot, NUMBER* key, NUMBER* value, const int64_t* first, const int64_t* end,
+                     const float* phi_query, const float* phi_key, const float* left, const float* tail_logit, float* state, float* norm) {
+    #pragma omp parallel for schedule(dynamic)
+    for (int64_t i = 0; i < batch * groups; i++) {
+        std::copy_n(new_key + i * D, D, key + (i * room + slot[i / groups]) * D);
+        std::copy_n(new_value + i * D, D, value + (i * room + slot[i / groups]) * D);
+        Attention attention;
+        std::fill_n(attention.largest, R, -1e30f);
+        if (features)
+            attention.tail(phi_query + i * R * features, phi_key + i * features, left + i * D, tail_logit + i % groups * R,
+                           state + i * features * D, norm + i * features, features);
+        int64_t from = first[i / groups], start = (i * room + from) * D;
+        attention.keys(query + i * R * D, key + start, value + start, end[i / groups] - from);
+        for (int r = 0; r < R; r++)
+            for (int d = 0; d < D; d++) out[(i * R + r) * D + d] = attention.numerator[r][d] / attention.denominator[r];
+    }
+}
+"""
+
+
+def in_compiled_step(cache: Tensor) -> bool:
+    return torch.compiler.is_compiling() and cache.device.type == "cpu" and cache.dtype in NUMBERS
+
+
+def scaled(query: Tensor) -> Tensor:
+    return query.float() * query.shape[-1] ** -0.5
+
+
+@functools.cache
+def compile_step(rows: int, head_dim: int, dtype: torch.dtype):
+    """STEP for `rows` query heads a key/value head. The sums may be taken in any order, as vectors do."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = os.path.join(folder, "step.so")
+        command = [os.environ.get("CXX", "g++"), "-O3", "-march=native", "-fopenmp", "-fassociative-math", "-fno-signed-zeros",
+                   "-fno-trapping-math", f"-DR={rows}", f"-DD={head_dim}", f"-DNUMBER={NUMBERS[dtype]}", "-DBLOCK=128",
+                   "-shared", "-fPIC", "-x", "c++", "-", "-o", library]
+        try:
+            subprocess.run(command, input=STEP, text=True, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise RuntimeError(f"{command[0]} cannot compile STEP of kernels.py; name a C++ compiler with OpenMP in CXX, or run without "
+                               f"torch.compile (--no-compile): {getattr(error, 'stderr', error)}") from None
+        function = ctypes.CDLL(library).step
+    function.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_void_p] * 15
+    return function
+
+
+def run_step(*tensors: Tensor) -> Tensor:
+    """Both operators below."""
+    query, key = tensors[0], tensors[4]
+    B, G, room, D = key.shape
+    features = tensors[8].shape[-1] if tensors[8:] else 0
+    whole = [x.contiguous() for x in tensors]
+    assert all(whole[i] is tensors[i] for i in (4, 5, 12, 13) if i < len(whole)), "a cache that is not in one piece"
+    out = torch.empty_like(whole[0])
+    pointers = [x.data_ptr() for x in (out, *whole)] + [None] * (14 - len(whole))
+    compile_step(query.shape[1] // G, D, key.dtype)(B, G, room, features, *pointers)
+    return out
+
+
+CACHES = "Tensor query, Tensor new_key, Tensor new_value, Tensor slot, Tensor(a!) key, Tensor(b!) value, Tensor first, Tensor end"
+TAIL = "Tensor phi_query, Tensor phi_key, Tensor left, Tensor tail_logit, Tensor(c!) state, Tensor(d!) norm"
+for name, arguments in (("softmax_step", CACHES), ("window_linear_step", f"{CACHES}, {TAIL}")):
+    torch.library.define(f"layerboost::{name}", f"({arguments}) -> Tensor")
+    torch.library.impl(f"layerboost::{name}", "CPU", run_step)
+    torch.library.register_fake(f"layerboost::{name}", lambda query, *rest: torch.empty_like(query))
 
 
 # --- divergence of two models ------------------------------------------------------------------------------------

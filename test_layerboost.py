@@ -25,7 +25,8 @@ import kernels
 import layerboost
 import model as model_module
 from golden.make_golden import CONFIGS, NASTY, SMALL, formula_weight, golden_ids
-from kernels import Past, feature_map, naive_window_linear_attention, window_linear_attention
+from kernels import (Past, feature_map, naive_window_linear_attention, softmax_step, window_linear_attention,
+                     window_linear_step)
 from model import Engine, InputError, Request, convert, load_model, load_tokenizer, read_config, save_model
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -194,6 +195,32 @@ def test_forms_agree_at_1500_tokens():
     for splits in ([700] + [1] * 20 + [780], [1] * 1500):
         other = run_layer(layer, frequencies, x, splits)
         assert (other - whole).norm() / whole.norm() < 1e-5
+
+
+@pytest.mark.parametrize("H,G,D", [(9, 3, 16), (4, 4, 32), (8, 1, 20)])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_steps_in_cpp_equal_those_of_torch(H, G, D, dtype, tolerance, monkeypatch):
+    """Keys from one to three blocks, none at all beside a tail, and not from the first on; the caches change alike."""
+    B, room, features = 5, 300, 24
+    caches = [torch.randn(B, G, room, D).to(dtype), torch.randn(B, G, room, D).to(dtype), torch.rand(B, G, features, D), torch.rand(B, G, features)]
+    query, new_key, new_value = torch.randn(B, H, 1, D).to(dtype), *torch.randn(2, B, G, 1, D).to(dtype)
+    tail = torch.rand(B, H, 1, features), torch.rand(B, G, features), torch.randn(B, G, D), torch.randn(H)
+    outputs = []
+    for compiled in (True, False):
+        monkeypatch.setattr(kernels, "in_compiled_step", lambda cache: compiled)
+        key, value, state, norm = (x.clone() for x in caches)
+        outputs.append([
+            softmax_step(query, new_key, new_value, torch.tensor([0, 299, 149, 232, 7]), key, value, torch.tensor([0, 0, 7, 100, 299]), torch.tensor([1, 300, 150, 233, 300])),
+            window_linear_step(query, new_key, new_value, torch.tensor([3, 0, 5, 66, 9]), key, value, torch.tensor([0, 1, 68, 150, 300]), *tail, state, norm),
+            key, value, state, norm])
+    for ours, theirs in zip(*outputs):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RuntimeError, match="no-such-compiler cannot compile.*CXX"):
+        kernels.compile_step.__wrapped__(3, 16, torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["hedgehog", "none"])
