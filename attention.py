@@ -198,7 +198,7 @@ class WindowLinearAttention(SoftmaxAttention):
         phi_query = feature_map(query, self.config.feature_map, self.query_map)
         phi_key = feature_map(left_key[:, :, None], self.config.feature_map, self.key_map)[:, :, 0]     # (B, G, F)
         phi_key = phi_key * (positions - cache.window >= cache.sinks)[:, None, None]
-        return window_linear_step(*local, end, phi_query, phi_key, left_value.float(), self.tail_logit, cache.state, cache.norm)
+        return window_linear_step(*local, end, phi_query, phi_key, left_value, self.tail_logit, cache.state, cache.norm)
 
     def prefill(self, query, key, value, cache: WindowLinearCache, positions: Tensor) -> Tensor:
         """Many tokens: the parallel form from the cache's state, then the cache as it is after the last one."""

@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import kernels
 from distill import C4, pack, read_documents
 from kernels import ROWS, by_rows, feature_size, logit_kl
 from model import (Config, Engine, InputError, Model, Request, Tokenizer, convert, load_model, load_tokenizer,
@@ -669,6 +670,7 @@ def main(argv=None) -> int:
     add("--hardware", type=lambda text: text.split(","), default=[*HARDWARE, "this"], help="[a10,h100,this]")
     add("--lengths", type=numbers, default=[2048, 512, 8192], help="contexts; costs by part at the first [2048,512,8192]")
     args = parser.parse_args(argv)
+    kernels.CPP = not vars(args).get("no_compile", False)
     try:
         report = {"quality": quality, "decode": decode, "serve": serve, "roofline": roofline}[args.command](args)
     except InputError as error:

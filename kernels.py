@@ -132,7 +132,7 @@ def softmax_step(query: Tensor, new_key: Tensor, new_value: Tensor, slot: Tensor
                  end: Tensor) -> Tensor:
     """A decoding step: a new key and value [B, G, 1, D] go to `slot` [B] of key and value [B, G, room, D], then one query a
     sequence, [B, H, 1, D], sees those from `first` to `end` [B]. Returns [B, H, 1, D]."""
-    if in_compiled_step(key):
+    if in_cpp(key):
         return torch.ops.layerboost.softmax_step(scaled(query), new_key, new_value, slot, key, value, first, end).to(query.dtype)
     put(new_key, new_value, slot, key, value)
     return attend_block(query, key, value, between(first, end, key)[:, None])
@@ -209,6 +209,10 @@ def window_linear_attention(query: Tensor, key: Tensor, value: Tensor, phi_query
     Local and tail terms come from `local_attention` and `tail_attention`; here they are put on one scale.
     """
     tokens = query.shape[2]
+    if in_cpp(key):
+        tail = (phi_query, phi_key, tail_logit, past.state, past.norm) if phi_query is not None else (None,) * 5
+        return torch.ops.layerboost.window_linear_chunk(scaled(query), key, value, past.start.expand(len(key)), *past[1:3],
+                                                        *tail).to(query.dtype)
     chunk = min(chunk, tokens)
     if phi_query is None:
         numerator, denominator, _ = local_attention(query, key, value, past, window, chunk)
@@ -293,14 +297,14 @@ def window_linear_step(query: Tensor, new_key: Tensor, new_value: Tensor, slot: 
     there into the tail, then the query is answered.
 
     As `softmax_step`, with local keys and values in any order, the first `end` of them seen; phi_query [B, H, 1, F]; phi_key
-    [B, G, F] (zero where no token leaves) and value `left` [B, G, D] of the token that leaves, in float32; state S [B, G, F, D] and
+    [B, G, F] (zero where no token leaves) and value `left` [B, G, D] of the token that leaves; state S [B, G, F, D] and
     norm z [B, G, F], which change in place.
     """
-    if in_compiled_step(key):
+    if in_cpp(key):
         return torch.ops.layerboost.window_linear_step(scaled(query), new_key, new_value, slot, key, value, torch.zeros_like(end), end,
                                                        phi_query, phi_key, left, tail_logit, state, norm).to(query.dtype)
     put(new_key, new_value, slot, key, value)
-    state.addcmul_(phi_key[..., None], left[:, :, None])
+    state.addcmul_(phi_key[..., None], left.float()[:, :, None])
     norm.add_(phi_key)
     scores = (group_heads(query, key.shape[1]) @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5       # (B, G, R, slots)
     scores = scores.masked_fill(~between(torch.zeros_like(end), end, key)[:, None, None], -torch.inf)
@@ -313,17 +317,20 @@ def window_linear_step(query: Tensor, new_key: Tensor, new_value: Tensor, slot: 
     return (numerator / denominator).view(query.shape).to(query.dtype)
 
 
-# --- decoding steps on a CPU -------------------------------------------------------------------------------------
+# --- attention in C++, on a CPU and without gradients ------------------------------------------------------------
 #
-# A step's time goes into reading caches. torch's products of a few rows with a cache read it at half of the speed of memory, and
-# for all sequences as far as the longest goes. This C++ reads each sequence's own keys and values, once. It is what a step under
-# torch.compile calls; an eager one takes the products above, the same formula.
+# A decoding step's time goes into reading caches. torch's products of a few rows with a cache read it at half of the speed of
+# memory, and for all sequences as far as the longest goes; here each sequence's own keys and values are read once. And tier L is
+# a recurrence whose state fits into the processor's nearest cache: taken one token after the other it costs less than the many
+# passes over memory of its form in chunks.
 
+CPP = True          # False where there is no C++ compiler (--no-compile): torch's products everywhere
 NUMBERS = {torch.float32: "float", torch.bfloat16: "uint16_t"}
-STEP = r"""
+SOURCE = r"""
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 static float number(float x) { return x; }
 
@@ -348,24 +355,28 @@ struct Attention {
     float denominator[R] = {};              // sum_i exp(a_i - m)
     float largest[R];                       // m
 
-    // The tail: S += phi(k) v^T, z += phi(k), then phi(q)^T S and phi(q)^T z, at m = b.
-    void tail(const float* phi_query, const float* phi_key, const float* v, const float* b, float* S, float* z, int64_t features) {
+    Attention() { std::fill_n(largest, R, -1e30f); }
+
+    // The tail: S += phi(k) v^T and z += phi(k) of the token that leaves the window, then phi(q)^T S and phi(q)^T z, at m = b.
+    // Heads lie `stride` features apart.
+    void tail(const float* phi_query, int64_t stride, const float* phi_key, const NUMBER* left, const float* b, float* S, float* z,
+              int64_t features) {
         std::copy_n(b, R, largest);
         for (int64_t f = 0; f < features; f++, S += D) {
             z[f] += phi_key[f];
-            for (int d = 0; d < D; d++) S[d] += phi_key[f] * v[d];
+            for (int d = 0; d < D; d++) S[d] += phi_key[f] * number(left[d]);
             for (int r = 0; r < R; r++) {
-                float phi = phi_query[r * features + f];
+                float phi = phi_query[r * stride + f];
                 denominator[r] += phi * z[f];
                 for (int d = 0; d < D; d++) numerator[r][d] += phi * S[d];
             }
         }
     }
 
-    // Softmax over `count` keys, a block at a time; m rises from block to block (arXiv 1805.02867).
-    void keys(const float* q, const NUMBER* key, const NUMBER* value, int64_t count) {
+    // Softmax over `count` keys, a block at a time; m rises from block to block (arXiv 1805.02867). Heads lie `stride` numbers apart.
+    void keys(const float* q, int64_t stride, const NUMBER* key, const NUMBER* value, int64_t count) {
         float query[R][D], weight[R][BLOCK];
-        memcpy(query, q, sizeof query);
+        for (int r = 0; r < R; r++) std::copy_n(q + r * stride, D, query[r]);
         for (; count > 0; count -= BLOCK, key += BLOCK * D, value += BLOCK * D) {
             int n = std::min<int64_t>(BLOCK, count);
             for (int i = 0; i < n; i++) {
@@ -389,31 +400,60 @@ struct Attention {
                     for (int d = 0; d < D; d++) numerator[r][d] += weight[r][i] * number(value[i * D + d]);
         }
     }
+
+    void write(float* out, int64_t stride) {
+        for (int r = 0; r < R; r++)
+            for (int d = 0; d < D; d++) out[r * stride + d] = numerator[r][d] / denominator[r];
+    }
 };
 
+// One token of every sequence, tier S (no features) or L: new_key and new_value go to `slot`, keys `first` to `end` are seen.
 extern "C" void step(int64_t batch, int64_t groups, int64_t room, int64_t features, float* out, const float* query, const NUMBER* new_key,
                      const NUMBER* new_value, const int64_t* slot, NUMBER* key, NUMBER* value, const int64_t* first, const int64_t* end,
-                     const float* phi_query, const float* phi_key, const float* left, const float* tail_logit, float* state, float* norm) {
+                     const float* phi_query, const float* phi_key, const NUMBER* left, const float* tail_logit, float* state, float* norm) {
     #pragma omp parallel for schedule(dynamic)
     for (int64_t i = 0; i < batch * groups; i++) {
         std::copy_n(new_key + i * D, D, key + (i * room + slot[i / groups]) * D);
         std::copy_n(new_value + i * D, D, value + (i * room + slot[i / groups]) * D);
         Attention attention;
-        std::fill_n(attention.largest, R, -1e30f);
         if (features)
-            attention.tail(phi_query + i * R * features, phi_key + i * features, left + i * D, tail_logit + i % groups * R,
+            attention.tail(phi_query + i * R * features, features, phi_key + i * features, left + i * D, tail_logit + i % groups * R,
                            state + i * features * D, norm + i * features, features);
         int64_t from = first[i / groups], start = (i * room + from) * D;
-        attention.keys(query + i * R * D, key + start, value + start, end[i / groups] - from);
-        for (int r = 0; r < R; r++)
-            for (int d = 0; d < D; d++) out[(i * R + r) * D + d] = attention.numerator[r][d] / attention.denominator[r];
+        attention.keys(query + i * R * D, D, key + start, value + start, end[i / groups] - from);
+        attention.write(out + i * R * D, D);
+    }
+}
+
+// Many tokens of tier L, one after the other. Key j of the `window + tokens` lies at position start + j - window.
+extern "C" void chunk(int64_t batch, int64_t groups, int64_t tokens, int64_t window, int64_t sinks, int64_t features, float* out,
+                      const float* query, const NUMBER* key, const NUMBER* value, const int64_t* start, const NUMBER* sink_key,
+                      const NUMBER* sink_value, const float* phi_query, const float* phi_key, const float* tail_logit, const float* state,
+                      const float* norm) {
+    #pragma omp parallel for schedule(dynamic)
+    for (int64_t i = 0; i < batch * groups; i++) {
+        std::vector<float> S, z;
+        if (features) S.assign(state + i * features * D, state + (i + 1) * features * D), z.assign(norm + i * features, norm + (i + 1) * features);
+        const NUMBER *k = key + i * (window + tokens) * D, *v = value + i * (window + tokens) * D;
+        for (int64_t t = 0; t < tokens; t++) {
+            int64_t position = start[i / groups] + t, head = i * R * tokens + t;
+            Attention attention;
+            if (features)
+                attention.tail(phi_query + head * features, tokens * features, phi_key + (i * tokens + t) * features, v + t * D,
+                               tail_logit + i % groups * R, S.data(), z.data(), features);
+            int64_t old = std::clamp<int64_t>(position - window + 1, 0, sinks), local = std::min(window, position + 1);
+            int64_t from = (t + 1 + window - local) * D;
+            attention.keys(query + head * D, tokens * D, sink_key + i * sinks * D, sink_value + i * sinks * D, old);
+            attention.keys(query + head * D, tokens * D, k + from, v + from, local);
+            attention.write(out + head * D, tokens * D);
+        }
     }
 }
 """
 
 
-def in_compiled_step(cache: Tensor) -> bool:
-    return torch.compiler.is_compiling() and cache.device.type == "cpu" and cache.dtype in NUMBERS
+def in_cpp(x: Tensor) -> bool:
+    return CPP and x.device.type == "cpu" and x.dtype in NUMBERS and not torch.is_grad_enabled()
 
 
 def scaled(query: Tensor) -> Tensor:
@@ -421,41 +461,55 @@ def scaled(query: Tensor) -> Tensor:
 
 
 @functools.cache
-def compile_step(rows: int, head_dim: int, dtype: torch.dtype):
-    """STEP for `rows` query heads a key/value head. The sums may be taken in any order, as vectors do."""
+def library(rows: int, head_dim: int, dtype: torch.dtype) -> ctypes.CDLL:
+    """SOURCE for `rows` query heads a key/value head. The sums may be taken in any order, as vectors do."""
     with tempfile.TemporaryDirectory() as folder:
-        library = os.path.join(folder, "step.so")
+        path = os.path.join(folder, "attention.so")
         command = [os.environ.get("CXX", "g++"), "-O3", "-march=native", "-fopenmp", "-fassociative-math", "-fno-signed-zeros",
                    "-fno-trapping-math", f"-DR={rows}", f"-DD={head_dim}", f"-DNUMBER={NUMBERS[dtype]}", "-DBLOCK=128",
-                   "-shared", "-fPIC", "-x", "c++", "-", "-o", library]
+                   "-std=c++17", "-shared", "-fPIC", "-x", "c++", "-", "-o", path]
         try:
-            subprocess.run(command, input=STEP, text=True, check=True, capture_output=True)
+            subprocess.run(command, input=SOURCE, text=True, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise RuntimeError(f"{command[0]} cannot compile STEP of kernels.py; name a C++ compiler with OpenMP in CXX, or run without "
-                               f"torch.compile (--no-compile): {getattr(error, 'stderr', error)}") from None
-        function = ctypes.CDLL(library).step
-    function.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_void_p] * 15
-    return function
+            raise RuntimeError(f"{command[0]} cannot compile the C++ of kernels.py; name a compiler with OpenMP in CXX, or do without "
+                               f"compiling (--no-compile): {getattr(error, 'stderr', error)}") from None
+        return ctypes.CDLL(path)
 
 
-def run_step(*tensors: Tensor) -> Tensor:
-    """Both operators below."""
-    query, key = tensors[0], tensors[4]
-    B, G, room, D = key.shape
-    features = tensors[8].shape[-1] if tensors[8:] else 0
-    whole = [x.contiguous() for x in tensors]
-    assert all(whole[i] is tensors[i] for i in (4, 5, 12, 13) if i < len(whole)), "a cache that is not in one piece"
+def call(name: str, sizes: tuple[int, ...], tensors: tuple) -> Tensor:
+    """A function of SOURCE: sizes, then pointers, the output's first. `tensors` begin with the queries; None becomes NULL."""
+    whole = [x if x is None else x.contiguous() for x in tensors]
     out = torch.empty_like(whole[0])
-    pointers = [x.data_ptr() for x in (out, *whole)] + [None] * (14 - len(whole))
-    compile_step(query.shape[1] // G, D, key.dtype)(B, G, room, features, *pointers)
+    function = library(*sizes[-2:], whole[2].dtype)[name]
+    function(*map(ctypes.c_int64, sizes[:-2]), *(ctypes.c_void_p(x if x is None else x.data_ptr()) for x in (out, *whole)))
     return out
 
 
 CACHES = "Tensor query, Tensor new_key, Tensor new_value, Tensor slot, Tensor(a!) key, Tensor(b!) value, Tensor first, Tensor end"
 TAIL = "Tensor phi_query, Tensor phi_key, Tensor left, Tensor tail_logit, Tensor(c!) state, Tensor(d!) norm"
-for name, arguments in (("softmax_step", CACHES), ("window_linear_step", f"{CACHES}, {TAIL}")):
-    torch.library.define(f"layerboost::{name}", f"({arguments}) -> Tensor")
-    torch.library.impl(f"layerboost::{name}", "CPU", run_step)
+CHUNK = ("Tensor query, Tensor key, Tensor value, Tensor start, Tensor sink_key, Tensor sink_value, Tensor? phi_query, Tensor? phi_key, "
+         "Tensor? tail_logit, Tensor? state, Tensor? norm")
+
+
+def run_step(*tensors: Tensor) -> Tensor:
+    """Both kinds of step."""
+    caches = [tensors[i] for i in (4, 5, 12, 13) if i < len(tensors)]
+    assert all(x.is_contiguous() for x in caches), "a cache that is not in one piece would be copied, and the copy changed"
+    (B, H), (G, room, D) = tensors[0].shape[:2], tensors[4].shape[1:]
+    features = tensors[8].shape[-1] if tensors[8:] else 0
+    return call("step", (B, G, room, features, H // G, D), (*tensors, *[None] * (14 - len(tensors))))
+
+
+def run_chunk(*tensors: Tensor | None) -> Tensor:
+    (B, H, tokens, D), (G, keys) = tensors[0].shape, tensors[1].shape[1:3]
+    features = 0 if tensors[6] is None else tensors[6].shape[-1]
+    return call("chunk", (B, G, tokens, keys - tokens, tensors[4].shape[2], features, H // G, D), tensors)
+
+
+for name, schema, run in (("softmax_step", CACHES, run_step), ("window_linear_step", f"{CACHES}, {TAIL}", run_step),
+                          ("window_linear_chunk", CHUNK, run_chunk)):
+    torch.library.define(f"layerboost::{name}", f"({schema}) -> Tensor")
+    torch.library.impl(f"layerboost::{name}", "CPU", run)
     torch.library.register_fake(f"layerboost::{name}", lambda query, *rest: torch.empty_like(query))
 
 

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+import kernels
 from bench import (RECALL_LENGTHS, cache_bytes, evaluate, format_table, mean, passkey_prompts, pick_device, pick_dtype,
                    read_task, score_hidden, table, task_accuracy, task_prompts)
 from distill import C4, Diverged, Healing, gather, heal, pack, rank_and_world, read_documents, tail_names
@@ -579,6 +580,7 @@ def start_process(device: str | None) -> str:
 def main(argv=None) -> int:
     args = parse_arguments(argv)
     torch.compiler.set_stance("force_eager" if args.no_compile else "default")
+    kernels.CPP = not args.no_compile
     try:
         args.device = start_process(args.device)
         args.dtype = gather(args.dtype or pick_dtype(args.device))[0]

@@ -56,6 +56,7 @@ def write_model(folder: Path, config: dict, shards: int = 1) -> Path:
 def eager():
     """Compiling takes longer than any test: those that are about it ask for it."""
     torch.compiler.set_stance("force_eager")
+    kernels.CPP = True
 
 
 @pytest.fixture(scope="session")
@@ -188,6 +189,16 @@ def test_prefill_in_any_split_then_steps_equals_the_whole(window, sinks, kind, s
     torch.testing.assert_close(run_layer(layer, frequencies, x, splits), run_layer(layer, frequencies, x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("window,sinks,kind", SETTINGS)
+@pytest.mark.parametrize("splits", [None, [5, 30] + [1] * 35, [70]])
+def test_tier_l_in_cpp_equals_that_of_torch(window, sinks, kind, splits):
+    layer, frequencies = layer_of(kind, window, sinks)
+    x = torch.randn(2, 70, 48)
+    expected = run_layer(layer, frequencies, x)
+    with torch.no_grad():
+        torch.testing.assert_close(run_layer(layer, frequencies, x, splits), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_forms_agree_at_1500_tokens():
     layer, frequencies = layer_of("hedgehog", 64, 4)
     x = torch.randn(1, 1500, 48)
@@ -204,10 +215,10 @@ def test_steps_in_cpp_equal_those_of_torch(H, G, D, dtype, tolerance, monkeypatc
     B, room, features = 5, 300, 24
     caches = [torch.randn(B, G, room, D).to(dtype), torch.randn(B, G, room, D).to(dtype), torch.rand(B, G, features, D), torch.rand(B, G, features)]
     query, new_key, new_value = torch.randn(B, H, 1, D).to(dtype), *torch.randn(2, B, G, 1, D).to(dtype)
-    tail = torch.rand(B, H, 1, features), torch.rand(B, G, features), torch.randn(B, G, D), torch.randn(H)
+    tail = torch.rand(B, H, 1, features), torch.rand(B, G, features), torch.randn(B, G, D).to(dtype), torch.randn(H)
     outputs = []
     for compiled in (True, False):
-        monkeypatch.setattr(kernels, "in_compiled_step", lambda cache: compiled)
+        monkeypatch.setattr(kernels, "CPP", compiled)
         key, value, state, norm = (x.clone() for x in caches)
         outputs.append([
             softmax_step(query, new_key, new_value, torch.tensor([0, 299, 149, 232, 7]), key, value, torch.tensor([0, 0, 7, 100, 299]), torch.tensor([1, 300, 150, 233, 300])),
@@ -220,7 +231,7 @@ def test_steps_in_cpp_equal_those_of_torch(H, G, D, dtype, tolerance, monkeypatc
 def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RuntimeError, match="no-such-compiler cannot compile.*CXX"):
-        kernels.compile_step.__wrapped__(3, 16, torch.float32)
+        kernels.library.__wrapped__(3, 16, torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["hedgehog", "none"])
