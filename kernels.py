@@ -14,8 +14,8 @@ exponents for safety is subtracted from a_i and from b alike, so the mix does no
 
 `naive_window_linear_attention` is that formula with [T, T] masks, and the reference for all else in this file.
 `window_linear_attention` is the same in chunks: O(T (window + sinks + F)) time and O(T) memory. `window_linear_step`
-is one token of it in O(window + sinks + F), whatever the context length. Below them lies the one thing here that is not
-torch: a decoding step of either tier for a CPU, in C++.
+is one token of it in O(window + sinks + F), whatever the context length. The last part of the attention is the one thing
+here that is not torch: on a CPU and without gradients, decoding steps and all of tier L run in C++.
 
 Shapes: B batch, T tokens, H query heads, G key/value heads (each serves H / G query heads), D head size, F features.
 """
@@ -206,7 +206,8 @@ def window_linear_attention(query: Tensor, key: Tensor, value: Tensor, phi_query
     key[:, :, :T], the tokens that leave the window as each query arrives, zero where that is a sink or no token
     -> [B, H, T, D].
 
-    Local and tail terms come from `local_attention` and `tail_attention`; here they are put on one scale.
+    Local and tail terms come from `local_attention` and `tail_attention`; here they are put on one scale. On a CPU and without
+    gradients it is the recurrence, token by token, in C++ (`chunk` below).
     """
     tokens = query.shape[2]
     if in_cpp(key):
@@ -476,12 +477,12 @@ def library(rows: int, head_dim: int, dtype: torch.dtype) -> ctypes.CDLL:
         return ctypes.CDLL(path)
 
 
-def call(name: str, sizes: tuple[int, ...], tensors: tuple) -> Tensor:
-    """A function of SOURCE: sizes, then pointers, the output's first. `tensors` begin with the queries; None becomes NULL."""
+def call(function: str, rows: int, sizes: tuple[int, ...], tensors: tuple) -> Tensor:
+    """A function of SOURCE on its sizes, an output like the queries (the first of the tensors), and the tensors; None becomes NULL."""
     whole = [x if x is None else x.contiguous() for x in tensors]
     out = torch.empty_like(whole[0])
-    function = library(*sizes[-2:], whole[2].dtype)[name]
-    function(*map(ctypes.c_int64, sizes[:-2]), *(ctypes.c_void_p(x if x is None else x.data_ptr()) for x in (out, *whole)))
+    pointers = (x if x is None else x.data_ptr() for x in (out, *whole))
+    library(rows, out.shape[-1], whole[1].dtype)[function](*map(ctypes.c_int64, sizes), *map(ctypes.c_void_p, pointers))
     return out
 
 
@@ -492,18 +493,18 @@ CHUNK = ("Tensor query, Tensor key, Tensor value, Tensor start, Tensor sink_key,
 
 
 def run_step(*tensors: Tensor) -> Tensor:
-    """Both kinds of step."""
+    """A step of either tier, by the schemas above."""
     caches = [tensors[i] for i in (4, 5, 12, 13) if i < len(tensors)]
     assert all(x.is_contiguous() for x in caches), "a cache that is not in one piece would be copied, and the copy changed"
-    (B, H), (G, room, D) = tensors[0].shape[:2], tensors[4].shape[1:]
+    (B, H), (G, room) = tensors[0].shape[:2], tensors[4].shape[1:3]
     features = tensors[8].shape[-1] if tensors[8:] else 0
-    return call("step", (B, G, room, features, H // G, D), (*tensors, *[None] * (14 - len(tensors))))
+    return call("step", H // G, (B, G, room, features), (*tensors, *[None] * (14 - len(tensors))))
 
 
 def run_chunk(*tensors: Tensor | None) -> Tensor:
-    (B, H, tokens, D), (G, keys) = tensors[0].shape, tensors[1].shape[1:3]
+    (B, H, tokens), (G, keys) = tensors[0].shape[:3], tensors[1].shape[1:3]
     features = 0 if tensors[6] is None else tensors[6].shape[-1]
-    return call("chunk", (B, G, tokens, keys - tokens, tensors[4].shape[2], features, H // G, D), tensors)
+    return call("chunk", H // G, (B, G, tokens, keys - tokens, tensors[4].shape[2], features), tensors)
 
 
 for name, schema, run in (("softmax_step", CACHES, run_step), ("window_linear_step", f"{CACHES}, {TAIL}", run_step),
