@@ -648,8 +648,8 @@ def main(argv=None) -> int:
             add("--memory", type=memory_size, help="for weights and caches together, as 24GiB")
             add("--concurrency", type=numbers, default=[50, 100, 200], help="[50,100,200]")
             add("--plot", help="draw the figures into this file, with matplotlib")
-        if name in ("decode", "serve"):
-            add("--no-compile", action="store_true", help="run the steps eagerly")
+        if name != "roofline":
+            add("--no-compile", action="store_true", help="run everything eagerly and without C++")
         return add
     add = command("quality", "text, tasks and passkey recall, side by side")
     add("--base", help="the original to compare with")
@@ -670,10 +670,12 @@ def main(argv=None) -> int:
     add("--hardware", type=lambda text: text.split(","), default=[*HARDWARE, "this"], help="[a10,h100,this]")
     add("--lengths", type=numbers, default=[2048, 512, 8192], help="contexts; costs by part at the first [2048,512,8192]")
     args = parser.parse_args(argv)
-    kernels.CPP = not vars(args).get("no_compile", False)
+    eager = args.command != "roofline" and args.no_compile
+    torch.compiler.set_stance("force_eager" if eager else "default")
+    kernels.CPP = not eager
     try:
         report = {"quality": quality, "decode": decode, "serve": serve, "roofline": roofline}[args.command](args)
-    except InputError as error:
+    except (InputError, kernels.NoCompiler) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     print(json.dumps({**vars(args), "report": report}))

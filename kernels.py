@@ -461,9 +461,13 @@ def scaled(query: Tensor) -> Tensor:
     return query.float() * query.shape[-1] ** -0.5
 
 
+class NoCompiler(RuntimeError):
+    """There is no C++ compiler, or it cannot compile SOURCE."""
+
+
 @functools.cache
 def library(rows: int, head_dim: int, dtype: torch.dtype) -> ctypes.CDLL:
-    """SOURCE for `rows` query heads a key/value head. The sums may be taken in any order, as vectors do."""
+    """SOURCE for `rows` query heads a key/value head. The sums may be taken in any order, as vectors do. Raises NoCompiler."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "attention.so")
         command = [os.environ.get("CXX", "g++"), "-O3", "-march=native", "-fopenmp", "-fassociative-math", "-fno-signed-zeros",
@@ -472,8 +476,8 @@ def library(rows: int, head_dim: int, dtype: torch.dtype) -> ctypes.CDLL:
         try:
             subprocess.run(command, input=SOURCE, text=True, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise RuntimeError(f"{command[0]} cannot compile the C++ of kernels.py; name a compiler with OpenMP in CXX, or do without "
-                               f"compiling (--no-compile): {getattr(error, 'stderr', error)}") from None
+            raise NoCompiler(f"{command[0]} cannot compile the C++ of kernels.py; install g++, name another compiler with "
+                             f"OpenMP in CXX, or give --no-compile ({getattr(error, 'stderr', error)})") from None
         return ctypes.CDLL(path)
 
 

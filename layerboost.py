@@ -549,7 +549,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--seed", "N", "draws the data order, the adapters and the samples. [0]", type=int, default=0)
     add("--device", "NAME", "is cpu or cuda. [the GPU when there is one]")
     add("--dtype", "NAME", "is bfloat16 or float32. [bfloat16 where it is faster here]", choices=("bfloat16", "float32"))
-    add("--no-compile", None, "runs everything eagerly: slower, but starts at once.", action="store_true")
+    add("--no-compile", None, "runs everything eagerly and without C++: slower, but starts at once.", action="store_true")
     for flag in ("--full", "--activation-checkpointing"):                   # the rest are named in the lines above
         add(flag, None, argparse.SUPPRESS, action="store_true")
     for flag, kind, default in (("--revision", str, None), ("--micro-batch", int, None), ("--context", int, 512), ("--limit", int, None), ("--max-new-tokens", int, 100),
@@ -592,7 +592,7 @@ def main(argv=None) -> int:
             generate_text(model, tokenizer, args)
         else:
             boost(model, tokenizer, source, args)
-    except InputError as error:
+    except (InputError, kernels.NoCompiler) as error:
         if rank_and_world()[0] == 0:
             print(f"layerboost: {error}", file=sys.stderr)
         return 2
