@@ -16,8 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import (Past, apply_rotary, causal_mask, favor_projection, feature_map, feature_size, softmax_attention,
+from kernels import (Past, apply_rotary, causal_mask, favor_projection, feature_map, feature_size, linear, softmax_attention,
                      softmax_step, window_linear_attention, window_linear_step)
+
+
+class Linear(nn.Linear):
+    """W x + b."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -54,10 +61,10 @@ class SoftmaxAttention(nn.Module):
         super().__init__()
         H, G, D, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
         self.config, self.sliding_window = config, config.sliding_windows[layer]
-        self.q_proj = nn.Linear(size, H * D, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(size, G * D, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(size, G * D, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(H * D, size, bias=config.o_bias)
+        self.q_proj = Linear(size, H * D, bias=config.qkv_bias)
+        self.k_proj = Linear(size, G * D, bias=config.qkv_bias)
+        self.v_proj = Linear(size, G * D, bias=config.qkv_bias)
+        self.o_proj = Linear(H * D, size, bias=config.o_bias)
         if config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(D, config.rms_norm_eps), RMSNorm(D, config.rms_norm_eps)
 

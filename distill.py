@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from attention import Linear
 from kernels import sliced_kl
 from model import InputError, Model, Tokenizer, from_hub, write_file
 
@@ -106,9 +107,9 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x) + (x @ self.A.to(x.dtype).T) @ (2 * self.B).to(x.dtype).T
 
-    def merged(self) -> nn.Linear:
+    def merged(self) -> Linear:
         weight = (self.linear.weight.float() + 2 * self.B @ self.A).to(self.linear.weight.dtype)
-        linear = nn.Linear(self.linear.in_features, self.linear.out_features, bias=False, device="meta")
+        linear = Linear(self.linear.in_features, self.linear.out_features, bias=False, device="meta")
         linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), self.linear.bias
         return linear
 

@@ -14,8 +14,8 @@ exponents for safety is subtracted from a_i and from b alike, so the mix does no
 
 `naive_window_linear_attention` is that formula with [T, T] masks, and the reference for all else in this file.
 `window_linear_attention` is the same in chunks: O(T (window + sinks + F)) time and O(T) memory. `window_linear_step`
-is one token of it in O(window + sinks + F), whatever the context length. The last part of the attention is the one thing
-here that is not torch: on a CPU and without gradients, decoding steps and all of tier L run in C++.
+is one token of it in O(window + sinks + F), whatever the context length. Not all of it is torch: on a CPU and without
+gradients, the attention of decoding steps, all of tier L, and products with a single row run in C++ (towards the end).
 
 Shapes: B batch, T tokens, H query heads, G key/value heads (each serves H / G query heads), D head size, F features.
 """
@@ -35,7 +35,15 @@ BLOCK_SCORES = 2**17    # scores of a head of tier S that exist at one time on a
 FEATURE_MAPS = ("hedgehog", "elu", "relu", "favor", "none")
 
 
-# --- rotary embedding and feature maps ---------------------------------------------------------------------------
+# --- linear layers, rotary embedding and feature maps ------------------------------------------------------------
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """W x + b: [..., inputs] -> [..., outputs]. One row alone, as in the decoding of one sequence, takes as long as reading W."""
+    if x.shape[:-1].numel() != 1 or not in_cpp(weight):
+        return F.linear(x, weight, bias)
+    y = torch.ops.layerboost.row_product(x.float(), weight)
+    return (y if bias is None else y + bias).to(x.dtype)
+
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs (x_j, x_{j + D/2}) by the angles of their position (RoFormer, arXiv 2104.09864, section 3.4).
@@ -133,7 +141,7 @@ def softmax_step(query: Tensor, new_key: Tensor, new_value: Tensor, slot: Tensor
     """A decoding step: a new key and value [B, G, 1, D] go to `slot` [B] of key and value [B, G, room, D], then one query a
     sequence, [B, H, 1, D], sees those from `first` to `end` [B]. Returns [B, H, 1, D]."""
     if in_cpp(key):
-        return torch.ops.layerboost.softmax_step(scaled(query), new_key, new_value, slot, key, value, first, end).to(query.dtype)
+        return torch.ops.layerboost.attention_step(scaled(query), new_key, new_value, slot, key, value, first, end).to(query.dtype)
     put(new_key, new_value, slot, key, value)
     return attend_block(query, key, value, between(first, end, key)[:, None])
 
@@ -212,8 +220,8 @@ def window_linear_attention(query: Tensor, key: Tensor, value: Tensor, phi_query
     tokens = query.shape[2]
     if in_cpp(key):
         tail = (phi_query, phi_key, tail_logit, past.state, past.norm) if phi_query is not None else (None,) * 5
-        return torch.ops.layerboost.window_linear_chunk(scaled(query), key, value, past.start.expand(len(key)), *past[1:3],
-                                                        *tail).to(query.dtype)
+        return torch.ops.layerboost.attention_chunk(scaled(query), key, value, past.start.expand(len(key)), *past[1:3],
+                                                    *tail).to(query.dtype)
     chunk = min(chunk, tokens)
     if phi_query is None:
         numerator, denominator, _ = local_attention(query, key, value, past, window, chunk)
@@ -302,8 +310,8 @@ def window_linear_step(query: Tensor, new_key: Tensor, new_value: Tensor, slot: 
     norm z [B, G, F], which change in place.
     """
     if in_cpp(key):
-        return torch.ops.layerboost.window_linear_step(scaled(query), new_key, new_value, slot, key, value, torch.zeros_like(end), end,
-                                                       phi_query, phi_key, left, tail_logit, state, norm).to(query.dtype)
+        return torch.ops.layerboost.attention_step(scaled(query), new_key, new_value, slot, key, value, torch.zeros_like(end), end,
+                                                   phi_query, phi_key, left, tail_logit, state, norm).to(query.dtype)
     put(new_key, new_value, slot, key, value)
     state.addcmul_(phi_key[..., None], left.float()[:, :, None])
     norm.add_(phi_key)
@@ -318,12 +326,12 @@ def window_linear_step(query: Tensor, new_key: Tensor, new_value: Tensor, slot: 
     return (numerator / denominator).view(query.shape).to(query.dtype)
 
 
-# --- attention in C++, on a CPU and without gradients ------------------------------------------------------------
+# --- in C++, on a CPU and without gradients ----------------------------------------------------------------------
 #
-# A decoding step's time goes into reading caches. torch's products of a few rows with a cache read it at half of the speed of
-# memory, and for all sequences as far as the longest goes; here each sequence's own keys and values are read once. And tier L is
-# a recurrence whose state fits into the processor's nearest cache: taken one token after the other it costs less than the many
-# passes over memory of its form in chunks.
+# A decoding step's time goes into reading caches and weights. torch's products of a few rows read them at half of the speed of
+# memory, and caches for all sequences as far as the longest goes; here each sequence's own keys and values are read once. And
+# tier L is a recurrence whose state fits into the processor's nearest cache: taken one token after the other it costs less than
+# the many passes over memory of its form in chunks.
 
 CPP = True          # False where there is no C++ compiler (--no-compile): torch's products everywhere
 NUMBERS = {torch.float32: "float", torch.bfloat16: "uint16_t"}
@@ -450,6 +458,16 @@ extern "C" void chunk(int64_t batch, int64_t groups, int64_t tokens, int64_t win
         }
     }
 }
+
+// x times the rows of a matrix, one after the other: memory gives two streams half of what it gives one.
+extern "C" void row_product(int64_t rows, int64_t columns, float* out, const float* x, const NUMBER* matrix) {
+    #pragma omp parallel for
+    for (int64_t i = 0; i < rows; i++) {
+        float sum = 0;
+        for (int64_t j = 0; j < columns; j++) sum += x[j] * number(matrix[i * columns + j]);
+        out[i] = sum;
+    }
+}
 """
 
 
@@ -481,41 +499,46 @@ def library(rows: int, head_dim: int, dtype: torch.dtype) -> ctypes.CDLL:
         return ctypes.CDLL(path)
 
 
-def call(function: str, rows: int, sizes: tuple[int, ...], tensors: tuple) -> Tensor:
-    """A function of SOURCE on its sizes, an output like the queries (the first of the tensors), and the tensors; None becomes NULL."""
-    whole = [x if x is None else x.contiguous() for x in tensors]
-    out = torch.empty_like(whole[0])
+def attention_step(query, new_key, new_value, slot, key, value, first, end, phi_query=None, phi_key=None, left=None, tail_logit=None,
+                   state=None, norm=None) -> Tensor:
+    assert all(x is None or x.is_contiguous() for x in (key, value, state, norm)), "a copy would be changed in their place"
+    (B, H), (G, room), features = query.shape[:2], key.shape[1:3], 0 if phi_key is None else phi_key.shape[-1]
+    return call("step", (H // G, query.shape[-1], key.dtype), torch.empty_like(query), (B, G, room, features),
+                (query, new_key, new_value, slot, key, value, first, end, phi_query, phi_key, left, tail_logit, state, norm))
+
+
+def attention_chunk(query, key, value, start, sink_key, sink_value, phi_query, phi_key, tail_logit, state, norm) -> Tensor:
+    (B, H, tokens), (G, keys), features = query.shape[:3], key.shape[1:3], 0 if phi_key is None else phi_key.shape[-1]
+    return call("chunk", (H // G, query.shape[-1], key.dtype), torch.empty_like(query),
+                (B, G, tokens, keys - tokens, sink_key.shape[2], features),
+                (query, key, value, start, sink_key, sink_value, phi_query, phi_key, tail_logit, state, norm))
+
+
+def row_product(x, weight) -> Tensor:
+    return call("row_product", (1, 1, weight.dtype), x.new_empty((*x.shape[:-1], len(weight))), weight.shape, (x, weight))
+
+
+def call(function: str, variant: tuple, out: Tensor, sizes: tuple[int, ...], tensors: tuple[Tensor | None, ...]) -> Tensor:
+    """A function of SOURCE on its sizes, its output and its tensors; None becomes NULL."""
+    whole = [x if x is None else x.contiguous() for x in tensors]           # as variables: they must live until the call is over
     pointers = (x if x is None else x.data_ptr() for x in (out, *whole))
-    library(rows, out.shape[-1], whole[1].dtype)[function](*map(ctypes.c_int64, sizes), *map(ctypes.c_void_p, pointers))
+    library(*variant)[function](*map(ctypes.c_int64, sizes), *map(ctypes.c_void_p, pointers))
     return out
 
 
-CACHES = "Tensor query, Tensor new_key, Tensor new_value, Tensor slot, Tensor(a!) key, Tensor(b!) value, Tensor first, Tensor end"
-TAIL = "Tensor phi_query, Tensor phi_key, Tensor left, Tensor tail_logit, Tensor(c!) state, Tensor(d!) norm"
-CHUNK = ("Tensor query, Tensor key, Tensor value, Tensor start, Tensor sink_key, Tensor sink_value, Tensor? phi_query, Tensor? phi_key, "
-         "Tensor? tail_logit, Tensor? state, Tensor? norm")
-
-
-def run_step(*tensors: Tensor) -> Tensor:
-    """A step of either tier, by the schemas above."""
-    caches = [tensors[i] for i in (4, 5, 12, 13) if i < len(tensors)]
-    assert all(x.is_contiguous() for x in caches), "a cache that is not in one piece would be copied, and the copy changed"
-    (B, H), (G, room) = tensors[0].shape[:2], tensors[4].shape[1:3]
-    features = tensors[8].shape[-1] if tensors[8:] else 0
-    return call("step", H // G, (B, G, room, features), (*tensors, *[None] * (14 - len(tensors))))
-
-
-def run_chunk(*tensors: Tensor | None) -> Tensor:
-    (B, H, tokens), (G, keys) = tensors[0].shape[:3], tensors[1].shape[1:3]
-    features = 0 if tensors[6] is None else tensors[6].shape[-1]
-    return call("chunk", H // G, (B, G, tokens, keys - tokens, tensors[4].shape[2], features), tensors)
-
-
-for name, schema, run in (("softmax_step", CACHES, run_step), ("window_linear_step", f"{CACHES}, {TAIL}", run_step),
-                          ("window_linear_chunk", CHUNK, run_chunk)):
-    torch.library.define(f"layerboost::{name}", f"({schema}) -> Tensor")
-    torch.library.impl(f"layerboost::{name}", "CPU", run)
-    torch.library.register_fake(f"layerboost::{name}", lambda query, *rest: torch.empty_like(query))
+# As operators they can be part of a compiled program. (c!) marks what changes in place.
+for run, fake, schema in (
+        (attention_step, lambda query, *rest: torch.empty_like(query),
+         "Tensor query, Tensor new_key, Tensor new_value, Tensor slot, Tensor(a!) key, Tensor(b!) value, Tensor first, Tensor end, "
+         "Tensor? phi_query=None, Tensor? phi_key=None, Tensor? left=None, Tensor? tail_logit=None, Tensor(c!)? state=None, "
+         "Tensor(d!)? norm=None"),
+        (attention_chunk, lambda query, *rest: torch.empty_like(query),
+         "Tensor query, Tensor key, Tensor value, Tensor start, Tensor sink_key, Tensor sink_value, Tensor? phi_query, Tensor? phi_key, "
+         "Tensor? tail_logit, Tensor? state, Tensor? norm"),
+        (row_product, lambda x, weight: x.new_empty((*x.shape[:-1], len(weight))), "Tensor x, Tensor weight")):
+    torch.library.define(f"layerboost::{run.__name__}", f"({schema}) -> Tensor")
+    torch.library.impl(f"layerboost::{run.__name__}", "CPU", run)
+    torch.library.register_fake(f"layerboost::{run.__name__}", fake)
 
 
 # --- divergence of two models ------------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import RMSNorm, SoftmaxAttention, SoftmaxCache, WindowLinearAttention
-from kernels import FEATURE_MAPS
+from attention import Linear, RMSNorm, SoftmaxAttention, SoftmaxCache, WindowLinearAttention
+from kernels import FEATURE_MAPS, linear
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
@@ -171,9 +171,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -247,7 +247,7 @@ class Model(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
 
     @property
@@ -266,7 +266,7 @@ class Model(nn.Module):
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """ids [B, T] int64 -> logits [B, T, V]. With a cache the T tokens go on from what it holds, and it is filled in
         place."""
-        return self.hidden(ids, cache) @ self.head.T
+        return linear(self.hidden(ids, cache), self.head)
 
     def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """The same up to the head: [B, T, hidden_size] after the final norm."""
@@ -408,7 +408,7 @@ class Engine:
                 hidden, last = next(chunks)
                 if last:
                     slot = self.admit(reading, staged)
-                    self.token[slot] = self.pick(hidden @ self.model.head.T)
+                    self.token[slot] = self.pick(linear(hidden, self.model.head))
                     reading.output.append(int(self.token[slot]))
                     yield reading
                     reading = None
@@ -472,7 +472,7 @@ def prefill(model: Model, prompt: Tensor, cache: Cache):
 def decode(model: Model, token: Tensor, layers: list, positions: Tensor, pick) -> Tensor:
     """One step of every sequence: its last token [B] and position [B] -> its next token [B]; fills the caches of `layers`."""
     x = model.run_layers(model.embed_tokens(token[:, None]), 0, len(model.layers), Cache(layers, positions))
-    return pick(model.norm(x)[:, 0] @ model.head.T)
+    return pick(linear(model.norm(x)[:, 0], model.head))
 
 
 @functools.cache

@@ -228,6 +228,16 @@ def test_steps_in_cpp_equal_those_of_torch(H, G, D, dtype, tolerance, monkeypatc
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_a_row_in_cpp_equals_that_of_torch(dtype, tolerance):
+    weight, bias, x = torch.randn(37, 100).to(dtype), torch.randn(37).to(dtype), torch.randn(2, 1, 100).to(dtype)
+    for b in (None, bias):
+        with torch.no_grad():
+            ours = kernels.linear(x[:1], weight, b)
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours, torch.nn.functional.linear(x, weight, b)[:1], rtol=tolerance, atol=tolerance)
+
+
 def test_a_missing_compiler_is_named(llama, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
     kernels.library.cache_clear()
