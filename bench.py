@@ -510,7 +510,7 @@ def prefill_seconds(model: Model, tokens: int) -> float:
 def serve(args) -> list[dict]:
     """The `serve` command: a closed loop of clients, each sending its next request when its last is answered."""
     models, this = load_pair(args)
-    longest = args.prompt + args.prompt // 4 + args.output + args.output // 4
+    longest = sum(mean + int(args.spread * mean) for mean in (args.prompt, args.output))
     report: list[dict] = []
     for clients in args.concurrency:
         for name, model in models.items():
@@ -535,9 +535,9 @@ def serve(args) -> list[dict]:
 
 
 def make_requests(args, clients: int, model: Model) -> list[Request]:
-    """Prompts of random ids; lengths of prompt and output drawn from a quarter below their means to a quarter above."""
+    """Prompts of random ids; lengths of prompt and output drawn from `spread` below their means to as much above."""
     draw, generator = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
-    about = lambda mean: draw.randint(mean - mean // 4, mean + mean // 4)
+    about = lambda mean: draw.randint(mean - int(args.spread * mean), mean + int(args.spread * mean))
     prompt = lambda: torch.randint(model.config.vocab_size, (about(args.prompt),), generator=generator).to(model.device)
     return [Request(prompt(), about(args.output)) for _ in range(args.requests or clients)]
 
@@ -630,6 +630,12 @@ def memory_size(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 24GiB or 24GB")
 
 
+def share(text: str) -> float:
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 1")
+    return float(text)
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Measures models: what a conversion cost, and what it bought.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -662,8 +668,9 @@ def main(argv=None) -> int:
     add("--lengths", type=numbers, default=[256, 1024, 4096, 8192], help="tokens that each sequence holds [256,1024,4096,8192]")
     add("--steps", type=int, default=20, help="measured at each length [20]")
     add = command("serve", "throughput and latency of concurrent requests")
-    add("--prompt", type=int, default=256, help="tokens of a prompt, give or take a quarter [256]")
-    add("--output", type=int, default=256, help="new tokens of a request, give or take a quarter [256]")
+    add("--prompt", type=int, default=256, help="tokens of a prompt, on average [256]")
+    add("--output", type=int, default=256, help="new tokens of a request, on average [256]")
+    add("--spread", type=share, default=0.25, help="how far lengths lie from these, as a share of them [0.25]")
     add("--requests", type=int, help="in all [one for each client]")
     add("--seed", type=int, default=0, help="draws prompts and lengths [0]")
     add = command("roofline", "bytes, operations, floor and predicted gain")

@@ -1,6 +1,7 @@
 """The method's promises as tests: every fast form against its naive formula, every cache against the whole sequence, our
 logits and token ids against Hugging Face's (golden/), and the command line as a user meets it."""
 
+import argparse
 import gzip
 import itertools
 import json
@@ -892,6 +893,14 @@ def test_what_does_not_fit_in_memory_waits(llama, capsys):
     assert (dense["slots"], dense["requests"]) == (2, 4) and converted["slots"] > 2
     assert bench.main([*arguments, "--memory", "0.00001GB"]) == 2
     assert "--memory: 0.0 GiB" in capsys.readouterr().err
+
+
+def test_spread_is_how_far_lengths_lie_from_their_means(llama):
+    args = argparse.Namespace(prompt=40, output=20, spread=0.25, seed=0, requests=200)
+    lengths = lambda: [(len(r.prompt), r.max_new_tokens) for r in bench.make_requests(args, 1, load_model(str(llama)))]
+    assert [(min(x), max(x)) for x in zip(*lengths())] == [(30, 50), (15, 25)]
+    args.spread = 0.0
+    assert set(lengths()) == {(40, 20)}
 
 
 def test_roofline_of_a_known_shape(capsys):
