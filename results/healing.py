@@ -3,8 +3,8 @@
     python results/healing.py MODEL DATA VALID [--tokens 48k] NAME...        the rows of RECIPES and PLANS below by their names
 
 Each row heals on the first `tokens` tokens of a fixed shuffle of DATA's sequences of 1,024 tokens, learning rate warmed up over a
-twentieth and lowered to zero along a cosine, and ends with KL and top-1 agreement on 16 sequences of VALID and passkey recall, 10
-prompts a length. Rows are appended to results/healing.jsonl. What is not in the product (hidden-state alignment, least squares,
+twentieth and lowered to zero along a cosine, and ends with KL and top-1 agreement on 16 sequences of VALID, KL on the same text from
+position 2,048 of longer ones on, and passkey recall, 10 prompts a length. Rows are appended to results/healing.jsonl. What is not in the product (hidden-state alignment, least squares,
 temperature and so on) is written out here.
 """
 
@@ -55,8 +55,6 @@ RECIPES = {
     "sequences of 512, rank 64": {"context": 512, "rank": 64},
     "sequences of 512, the tails at ten times the rate": {"context": 512, "tail_lr": 10.0},
     "sequences of 512, after least squares": {"context": 512, "solve": 24576},
-    "sequences of 512, rank 64, after least squares": {"context": 512, "rank": 64, "solve": 24576},
-    "sequences of 256, rank 64": {"context": 256, "rank": 64},
     "sequences of 512, all weights of the blocks, lr 3e-4": {"context": 512, "full": True, "lr": 3e-4},
 }
 EQUAL_CACHE = 244       # the window of 30 L layers that keep as many bytes of a sequence of 1,024 tokens as 8 S and 16 L layers
