@@ -4,8 +4,8 @@
 
 Each row heals on the first `tokens` tokens of a fixed shuffle of DATA's sequences of 1,024 tokens, learning rate warmed up over a
 twentieth and lowered to zero along a cosine, and ends with KL and top-1 agreement on 16 sequences of VALID, KL on the same text from
-position 2,048 of longer ones on, and passkey recall, 10 prompts a length. Rows are appended to results/healing.jsonl. What is not in the product (hidden-state alignment, least squares,
-temperature and so on) is written out here.
+position 2,048 of longer ones on, and passkey recall, 10 prompts a length. Rows are appended to results/healing.jsonl. What is not in
+the product (hidden-state alignment, least squares, temperature and so on) is written out here.
 """
 
 import argparse
