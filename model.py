@@ -199,6 +199,15 @@ compiled_block = torch.compile(Block.forward, dynamic=False)
 torch._dynamo.config.recompile_limit = 64
 
 
+def with_stack(function):
+    """Runs a function, and all that it calls, in one piece of CPython's stack, by a frame too large for the rest of the last one.
+
+    That stack is pieces of 16 KiB, and a call beyond the end of one maps memory, its return unmaps it (CPython's issue 142183, mended
+    for 3.13 and later in 2026). At an unlucky depth all calls of a decoding step do, and it takes twice as long (results/speed.md)."""
+    function.__code__ = function.__code__.replace(co_stacksize=4096)
+    return function
+
+
 @dataclass
 class Cache:
     """One entry per layer (None for X), and how many tokens each sequence has so far, [B]."""
@@ -268,6 +277,7 @@ class Model(nn.Module):
         place."""
         return linear(self.hidden(ids, cache), self.head)
 
+    @with_stack
     def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """The same up to the head: [B, T, hidden_size] after the final norm."""
         x = self.run_layers(self.embed_tokens(ids), 0, len(self.layers), cache)
@@ -447,6 +457,7 @@ class Engine:
             self.active = count, room, self.cache.first(count), self.token[:count]
             mark_varying(*self.active[2:])
 
+    @with_stack
     def step(self) -> Tensor:
         """The next token of every live sequence."""
         self.make_room()

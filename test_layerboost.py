@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -397,6 +398,24 @@ def test_softmax_caches_have_the_room_of_the_longest_live_sequence(llama, monkey
     for request in engine.run(deque([Request(torch.zeros(50, dtype=torch.int64), 3), Request(torch.ones(3, dtype=torch.int64), 9)])):
         room[len(request.prompt), len(request.output)] = engine.cache.layers[0].key.shape[2]
     assert room[50, 3] == 64 and room[3, 9] == 16
+
+
+@torch.inference_mode()
+def test_a_step_maps_no_memory_at_any_depth_of_the_stack(llama):
+    """Page faults of a step, the least of three, called from every depth until CPython has gone through two pieces of its stack."""
+    engine = Engine(boosted(llama), 1)
+    engine.live = requests_of(1)
+
+    def faults(depth: int) -> int:
+        if depth:
+            return faults(depth - 1)
+        counts = []
+        for _ in range(4):
+            counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+            engine.cache.positions.fill_(len(engine.live[0].prompt))
+            engine.step()
+        return min(after - before for before, after in zip(counts, counts[1:]))
+    assert max(faults(depth) for depth in range(0, 300, 3)) < 10
 
 
 @torch._dynamo.config.patch(error_on_recompile=True)
