@@ -23,6 +23,7 @@ The last line that a command prints is one JSON document.
 """
 
 import argparse
+import ctypes
 import importlib.util
 import itertools
 import json
@@ -52,6 +53,17 @@ RECALL_DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 # --- this machine -----------------------------------------------------------------------------------------------------
+
+def set_up(eager: bool) -> None:
+    """For the whole process: whether anything is compiled, and that memory which is freed stays with it. The C library would give
+    blocks of over 128 KiB back and ask for them anew, 60,000 page faults in a prompt of 512 tokens (mallopt(3); results/speed.md)."""
+    torch.compiler.set_stance("force_eager" if eager else "default")
+    kernels.CPP = not eager
+    if sys.platform == "linux":
+        trim_threshold, mmap_threshold = -1, -3                                     # their numbers in malloc.h
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim_threshold, 2**30), mallopt(mmap_threshold, 2**25)              # 2^25 is the most that the second takes
+
 
 def pick_device(name: str | None) -> str:
     """The device that was asked for, or the GPU when there is one. Raises InputError where torch has no such device."""
@@ -677,9 +689,7 @@ def main(argv=None) -> int:
     add("--hardware", type=lambda text: text.split(","), default=[*HARDWARE, "this"], help="[a10,h100,this]")
     add("--lengths", type=numbers, default=[2048, 512, 8192], help="contexts; costs by part at the first [2048,512,8192]")
     args = parser.parse_args(argv)
-    eager = args.command != "roofline" and args.no_compile
-    torch.compiler.set_stance("force_eager" if eager else "default")
-    kernels.CPP = not eager
+    set_up(eager=args.command != "roofline" and args.no_compile)
     try:
         report = {"quality": quality, "decode": decode, "serve": serve, "roofline": roofline}[args.command](args)
     except (InputError, kernels.NoCompiler) as error:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import kernels
 from bench import (RECALL_LENGTHS, cache_bytes, evaluate, format_table, mean, passkey_prompts, pick_device, pick_dtype,
-                   read_task, score_hidden, table, task_accuracy, task_prompts)
+                   read_task, score_hidden, set_up, table, task_accuracy, task_prompts)
 from distill import C4, Diverged, Healing, gather, heal, pack, rank_and_world, read_documents, tail_names
 from kernels import ROWS, fused_kl
 from model import (InputError, Model, Tokenizer, convert, find_model, load_model, load_tokenizer, parse_plan, read_json,
@@ -579,8 +579,7 @@ def start_process(device: str | None) -> str:
 
 def main(argv=None) -> int:
     args = parse_arguments(argv)
-    torch.compiler.set_stance("force_eager" if args.no_compile else "default")
-    kernels.CPP = not args.no_compile
+    set_up(eager=args.no_compile)
     try:
         args.device = start_process(args.device)
         args.dtype = gather(args.dtype or pick_dtype(args.device))[0]
