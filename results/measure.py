@@ -86,6 +86,7 @@ def healing_peak(shape: str, recompute: bool) -> int:
 
 
 def healing_rate(path: str, batch: int, context: int, steps: int = 4) -> dict:
+    bench.set_up(eager=False)
     teacher, student = healing_models(load_model(path, dtype=torch.bfloat16))
     teacher.compiled_shapes.add((batch, context))
     optimizer = distill.Optimizer({name: p.requires_grad_(True) for name, p in student.named_parameters() if name.endswith((".A", ".B", "_map", "_logit"))})
