@@ -3,7 +3,7 @@
     python results/healing.py MODEL DATA VALID [--tokens 48k] NAME...        the rows of RECIPES and PLANS below by their names
 
 Each row heals on the first `tokens` tokens of a fixed shuffle of DATA's sequences of 1,024 tokens, learning rate warmed up over a
-twentieth and lowered to zero along a cosine, and ends with KL and top-1 agreement on 16 sequences of VALID, KL on the same text from
+twentieth and lowered to zero along a cosine (the product's until "the rate constant until a last fifth" beat it), and ends with KL and top-1 agreement on 16 sequences of VALID, KL on the same text from
 position 2,048 of longer ones on, and passkey recall, 10 prompts a length. Rows are appended to results/healing.jsonl. What is not in
 the product (hidden-state alignment, least squares, temperature and so on) is written out here.
 """
@@ -29,7 +29,7 @@ from model import convert, load_model, load_tokenizer
 TIER = "LLSLSLXLXXLXLLLSLXSLSSSSLLXLLL"         # --keep 8 --drop 6 from results/smollm2-200k/scan.json
 DEFAULT = {"plan": TIER, "window": 64, "sinks": 4, "feature_map": "hedgehog", "batch": 1, "context": 1024, "lr": 1e-3, "rank": 16,
            "full": False, "hidden": 0.0, "solve": 0, "transfer": 0.05, "muon": False, "temperature": 1.0, "cross_entropy": 0.0, "narrow": 0,
-           "own_text": False, "norms": False, "adapters": "", "tail_lr": 1.0}
+           "own_text": False, "norms": False, "adapters": "", "tail_rate_factor": 1.0, "cooldown": 0.0}
 RECIPES = {
     "batch 1": {},
     "batch 4": {"batch": 4},
@@ -53,7 +53,8 @@ RECIPES = {
     "sequences of 512, adapters on the MLPs alone": {"context": 512, "adapters": ".mlp."},
     "sequences of 2048": {"context": 2048},
     "sequences of 512, rank 64": {"context": 512, "rank": 64},
-    "sequences of 512, the tails at ten times the rate": {"context": 512, "tail_lr": 10.0},
+    "sequences of 512, the tails at ten times the rate": {"context": 512, "tail_rate_factor": 10.0},
+    "sequences of 512, the rate constant until a last fifth": {"context": 512, "cooldown": 0.2},
     "sequences of 512, after least squares": {"context": 512, "solve": 24576},
     "sequences of 512, all weights of the blocks, lr 3e-4": {"context": 512, "full": True, "lr": 3e-4},
 }
@@ -207,9 +208,9 @@ def trial(teacher, tokenizer, train, valid, tokens: int, o: dict) -> dict:
     student.requires_grad_(False)
     factors = {name for name in trained if o["muon"] and name.endswith((".A", ".B"))}
     muon = Muon([p for name, p in trained.items() if name in factors])
-    apart = lambda name: name in tails and o["tail_lr"] != 1
+    apart = lambda name: name in tails and o["tail_rate_factor"] != 1
     optimizers = [(Optimizer({name: p.requires_grad_(True) for name, p in trained.items() if name not in factors and apart(name) == tail}), times)
-                  for tail, times in ((False, 1.0), (True, o["tail_lr"])) if not tail or o["tail_lr"] != 1]
+                  for tail, times in ((False, 1.0), (True, o["tail_rate_factor"])) if not tail or o["tail_rate_factor"] != 1]
     steps = (tokens - used * o["context"]) // (o["batch"] * o["context"])
     transfer_steps = round(o["transfer"] * steps) if tails else 0
     seconds = []
@@ -230,7 +231,9 @@ def trial(teacher, tokenizer, train, valid, tokens: int, o: dict) -> dict:
         else:
             loss = distillation(teacher, student, ids)
         done, warm_up = step - first, max(1, (last - first) * 0.05)
-        rate = peak * min(1, (done + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * done / (last - first)))
+        left = (last - step) / (last - first)
+        fall = min(1, left / o["cooldown"]) if o["cooldown"] else 0.5 * (1 - math.cos(math.pi * left))
+        rate = peak * min(1, (done + 1) / warm_up) * fall
         muon.step(rate)
         for optimizer, times in optimizers:
             optimizer.step(rate * (1.0 if transfer else times))

@@ -5,6 +5,7 @@
     python results/measure.py healing SHAPE     peak memory of healing one sequence of 1,024 tokens, with activation checkpointing and
                                                 without, and what it is made of; SHAPE as in bench.py
     python results/measure.py attention         milliseconds of tier S's attention against torch's fused kernel: SmolLM2's heads, bfloat16
+    python results/measure.py profile MODEL     where the milliseconds go of decoding steps, prompts and a step of healing, bfloat16
     python results/measure.py rate MODEL B T    tokens a second of distillation, B sequences of T tokens a step, rank 16, bfloat16: to
                                                 be set beside a peer's in alternating runs
 """
@@ -25,7 +26,7 @@ import distill
 import kernels
 import layerboost
 from attention import WindowLinearAttention
-from model import convert, load_model, load_tokenizer
+from model import Engine, Request, convert, load_model, load_tokenizer, prefill
 
 
 def scan_cost(path: str) -> dict:
@@ -102,6 +103,48 @@ def healing_rate(path: str, batch: int, context: int, steps: int = 4) -> dict:
             "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
 
 
+KINDS = {"weights": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "layerboost::row_product"),
+         "attention": ("aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::_softmax_backward_data", "layerboost::attention_step",
+                       "layerboost::attention_chunk"),
+         "compiled": ("## Call CompiledFxGraph", "CompiledFunction", "Torch-Compiled Region", "TorchDynamo Cache Lookup", "Pregraph bytecode")}
+
+
+def profile(path: str) -> list[dict]:
+    """Milliseconds on the clock, then by kind of operator as torch.profiler counts them: products with weights; of the attention, what
+    is products, softmax or C++; compiled elementwise code with its calls and guards; all else, which is eager."""
+    def measured(what: str, name: str, run, repeats: int) -> dict:
+        for _ in range(3):
+            run()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        row = {"what": what, "model": name, "clock": (time.perf_counter() - start) / repeats} | dict.fromkeys([*KINDS, "eager"], 0.0)
+        with torch.profiler.profile() as profiler:
+            for _ in range(repeats):
+                run()
+        for event in profiler.key_averages():
+            kind = next((kind for kind, names in KINDS.items() if event.key.startswith(names)), "eager")
+            row[kind] += event.self_cpu_time_total / 1e6 / repeats
+        return {key: x if isinstance(x, str) else round(1e3 * x, 1) for key, x in row.items()}
+
+    bench.set_up(eager=False)
+    dense, rows = load_model(path, dtype=torch.bfloat16), []
+    with torch.inference_mode():
+        for name, model in {"dense": dense, "converted": healing_models(dense, adapters=False)[1]}.items():
+            for batch, context in ((1, 512), (16, 2048), (50, 768)):
+                engine = Engine(model, batch, compiled=True)
+                engine.live = [Request(torch.zeros(context), 1)] * batch
+                engine.cache.positions.fill_(context - 100)
+                rows.append(measured(f"step of {batch} x {context}", name, lambda: engine.step().tolist(), 10))
+            prompt = torch.randint(0, 1000, (512,))
+            rows.append(measured("prompt of 512", name, lambda: [hidden for hidden, _ in prefill(model, prompt, model.new_cache(1, 0))], 5))
+    teacher, student = healing_models(dense)
+    teacher.compiled_shapes.add((1, 512))
+    optimizer = distill.Optimizer({name: p.requires_grad_(True) for name, p in student.named_parameters() if name.endswith((".A", ".B", "_map", "_logit"))})
+    step = lambda: (distill.distillation(teacher, student, torch.randint(0, 1000, (1, 512))), optimizer.step(1e-4))
+    return rows + [measured("healing, 1 x 512", "converted", step, 3)]
+
+
 def attention_times() -> list[dict]:
     """9 query heads on 3 key/value heads of 64: T causal queries, or the last 512 of more keys as a prompt's chunks are read."""
     def best(run) -> float:
@@ -127,11 +170,12 @@ def attention_times() -> list[dict]:
     return rows
 
 
-def healing_models(teacher):
+def healing_models(teacher, adapters: bool = True):
     """It, and a student with adapters of rank 16 under the plan that bench.py takes by default."""
     n, few = len(teacher.layers), round(len(teacher.layers) * 4 / 15)
     student = convert(teacher, "S" * few + "L" * (n - 2 * few) + "X" * few)
-    distill.add_adapters(student, 16, 0)
+    if adapters:
+        distill.add_adapters(student, 16, 0)
     return teacher, student
 
 
@@ -155,6 +199,8 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["healing"] and len(sys.argv) == 3:
         peak = {name: alone(f"healing_peak({sys.argv[2]!r}, {flag})") for name, flag in (("kept", False), ("recomputed", True))}
         print(json.dumps({"shape": sys.argv[2], "peak_bytes": peak, "at_least": healing_arithmetic(sys.argv[2])}))
+    elif sys.argv[1:2] == ["profile"] and len(sys.argv) == 3:
+        print("\n".join(map(json.dumps, profile(sys.argv[2]))))
     elif sys.argv[1:2] == ["rate"] and len(sys.argv) == 5:
         print(json.dumps(healing_rate(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))
     else:
