@@ -713,6 +713,17 @@ def heal_small(folder, checkpoint, interrupt_at=None, monkeypatch=None, **settin
     return student, distill.heal(base, student, data, data[:2], run, checkpoint, {"plan": "LLX"})
 
 
+def test_each_stage_of_healing_warms_up_stays_at_its_rate_and_falls_to_zero():
+    settings = distill.Healing(tokens=1_000_000)
+    ends = (0, settings.transfer_steps, settings.short_steps, settings.steps)
+    for first, last, peak in zip(ends, ends[1:], (settings.tail_lr, settings.lr, settings.tail_lr)):
+        steps = last - first
+        rates = [settings.learning_rate(step) / peak for step in range(first, last)]
+        warm_up, stays = max(1, min(50, steps // 20)), int(0.8 * steps)
+        assert rates[0] == pytest.approx(1 / warm_up) and set(rates[warm_up:stays]) == {1.0}
+        assert rates[-1] == pytest.approx(5 / steps) and sorted(rates[stays:], reverse=True) == rates[stays:]
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_healing_helps_and_resumes_exactly(llama, tmp_path, monkeypatch, full):
     """Stopped by Ctrl-C in any stage and gone on, a run ends with the same weights, bit for bit."""
