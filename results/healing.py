@@ -3,9 +3,10 @@
     python results/healing.py MODEL DATA VALID [--tokens 48k] NAME...        the rows of RECIPES and PLANS below by their names
 
 Each row heals on the first `tokens` tokens of a fixed shuffle of DATA's sequences of 1,024 tokens, learning rate warmed up over a
-twentieth and lowered to zero along a cosine (the product's until "the rate constant until a last fifth" beat it), and ends with KL and top-1 agreement on 16 sequences of VALID, KL on the same text from
-position 2,048 of longer ones on, and passkey recall, 10 prompts a length. Rows are appended to results/healing.jsonl. What is not in
-the product (hidden-state alignment, least squares, temperature and so on) is written out here.
+twentieth and lowered to zero along a cosine (the product's, until "the rate constant until a last fifth" beat it). It ends with KL and
+top-1 agreement on 16 sequences of VALID, KL on the same text from position 2,048 of longer ones on, and passkey recall, 10 prompts a
+length. Rows are appended to results/healing.jsonl. What is not in the product (hidden-state alignment, least squares, temperature and
+so on) is written out here.
 """
 
 import argparse
