@@ -23,8 +23,10 @@ from kernels import (Past, apply_rotary, causal_mask, favor_projection, feature_
 class Linear(nn.Linear):
     """W x + b."""
 
+    packed: Tensor | None = None        # W as C++ reads it (Model.pack)
+
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.packed)
 
 
 class RMSNorm(nn.Module):

@@ -15,7 +15,7 @@ exponents for safety is subtracted from a_i and from b alike, so the mix does no
 `naive_window_linear_attention` is that formula with [T, T] masks, and the reference for all else in this file.
 `window_linear_attention` is the same in chunks: O(T (window + sinks + F)) time and O(T) memory. `window_linear_step`
 is one token of it in O(window + sinks + F), whatever the context length. Not all of it is torch: on a CPU and without
-gradients, the attention of decoding steps, all of tier L, and products with a single row run in C++ (towards the end).
+gradients, the attention of decoding steps, all of tier L, and products with weights run in C++ where that is faster (towards the end).
 
 Shapes: B batch, T tokens, H query heads, G key/value heads (each serves H / G query heads), D head size, F features.
 """
@@ -37,9 +37,15 @@ FEATURE_MAPS = ("hedgehog", "elu", "relu", "favor", "none")
 
 # --- linear layers, rotary embedding and feature maps ------------------------------------------------------------
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """W x + b: [..., inputs] -> [..., outputs]. One row alone, as in the decoding of one sequence, takes as long as reading W."""
-    if x.shape[:-1].numel() != 1 or not in_cpp(weight):
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
+    """W x + b: [..., inputs] -> [..., outputs]. `packed` is W as `pack` lays it out, if it has. One row alone, as in the
+    decoding of one sequence, takes as long as reading W."""
+    if not in_cpp(weight):
+        return F.linear(x, weight, bias)
+    if packed is not None:
+        y = torch.ops.layerboost.packed_product(x, packed)
+        return y if bias is None else y + bias
+    if x.shape[:-1].numel() != 1:
         return F.linear(x, weight, bias)
     y = torch.ops.layerboost.row_product(x.float(), weight)
     return (y if bias is None else y + bias).to(x.dtype)
@@ -331,7 +337,8 @@ def window_linear_step(query: Tensor, new_key: Tensor, new_value: Tensor, slot: 
 # A decoding step's time goes into reading caches and weights. torch's products of a few rows read them at half of the speed of
 # memory, and caches for all sequences as far as the longest goes; here each sequence's own keys and values are read once. And
 # tier L is a recurrence whose state fits into the processor's nearest cache: taken one token after the other it costs less than
-# the many passes over memory of its form in chunks.
+# the many passes over memory of its form in chunks. Products with weights are torch's, but of a single row, and of weights that
+# `pack` laid out for long service.
 
 CPP = True          # False where there is no C++ compiler (--no-compile): torch's products everywhere
 NUMBERS = {torch.float32: "float", torch.bfloat16: "uint16_t"}
@@ -390,6 +397,7 @@ struct Attention {
             int n = std::min<int64_t>(BLOCK, count);
             for (int i = 0; i < n; i++) {
                 float a[R] = {};
+                for (int d = 0; d < D; d += 32) __builtin_prefetch(value + i * D + d);
                 #pragma omp simd reduction(+:a[:R])
                 for (int d = 0; d < D; d++)
                     for (int r = 0; r < R; r++) a[r] += query[r][d] * number(key[i * D + d]);
@@ -397,6 +405,7 @@ struct Attention {
             }
             for (int r = 0; r < R; r++) {
                 float m = largest[r], sum = 0;
+                #pragma omp simd reduction(max:m)
                 for (int i = 0; i < n; i++) m = std::max(m, weight[r][i]);
                 for (int i = 0; i < n; i++) sum += weight[r][i] = exponential(weight[r][i] - m);
                 float scale = exponential(largest[r] - m);
@@ -404,9 +413,11 @@ struct Attention {
                 denominator[r] = denominator[r] * scale + sum;
                 largest[r] = m;
             }
-            for (int i = 0; i < n; i++)
+            for (int i = 0; i < n; i++) {
+                for (int d = 0; d < D; d += 32) __builtin_prefetch(key + (i + BLOCK) * D + d);
                 for (int r = 0; r < R; r++)
                     for (int d = 0; d < D; d++) numerator[r][d] += weight[r][i] * number(value[i * D + d]);
+            }
         }
     }
 
@@ -468,6 +479,40 @@ extern "C" void row_product(int64_t rows, int64_t columns, float* out, const flo
         out[i] = sum;
     }
 }
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+
+// M rows times 32 outputs, kept in registers, a pair of inputs at a time; meanwhile the weights of the next 32 are fetched. In `weights`
+// the pairs of 16 outputs lie side by side, as vdpbf16ps takes them.
+template <int M> static void tile(int64_t pairs, int64_t outputs, const int32_t* x, const uint16_t* weights, uint16_t* out, bool fetch) {
+    __m512 sum[M][2] = {};
+    for (int64_t k = 0; k < pairs; k++) {
+        const uint16_t *w = weights + k * 32, *next = w + pairs * 64;
+        if (fetch) _mm_prefetch(next, _MM_HINT_T0), _mm_prefetch(next + pairs * 32, _MM_HINT_T0);
+        __m512bh first = (__m512bh)_mm512_loadu_si512(w), second = (__m512bh)_mm512_loadu_si512(w + pairs * 32);
+        #pragma GCC unroll 12
+        for (int m = 0; m < M; m++) {
+            __m512bh pair = (__m512bh)_mm512_set1_epi32(x[m * pairs + k]);
+            sum[m][0] = _mm512_dpbf16_ps(sum[m][0], first, pair), sum[m][1] = _mm512_dpbf16_ps(sum[m][1], second, pair);
+        }
+    }
+    #pragma GCC unroll 12
+    for (int m = 0; m < M; m++)
+        _mm512_storeu_si512(out + m * outputs, (__m512i)_mm512_cvtne2ps_pbh(sum[m][1], sum[m][0]));
+}
+
+extern "C" void packed_product(int64_t rows, int64_t outputs, int64_t inputs, uint16_t* out, const int32_t* x, const uint16_t* weights) {
+    int64_t pairs = inputs / 2;
+    #pragma omp parallel for
+    for (int64_t o = 0; o < outputs; o += 32) {
+        int64_t r = 0;
+        for (; r + 12 <= rows; r += 12) tile<12>(pairs, outputs, x + r * pairs, weights + o * inputs, out + r * outputs + o, r == 0);
+        for (; r + 4 <= rows; r += 4) tile<4>(pairs, outputs, x + r * pairs, weights + o * inputs, out + r * outputs + o, r == 0);
+        for (; r < rows; r++) tile<1>(pairs, outputs, x + r * pairs, weights + o * inputs, out + r * outputs + o, r == 0);
+    }
+}
+#endif
 """
 
 
@@ -518,11 +563,30 @@ def row_product(x, weight) -> Tensor:
     return call("row_product", (1, 1, weight.dtype), x.new_empty((*x.shape[:-1], len(weight))), weight.shape, (x, weight))
 
 
+def pack(weight: Tensor) -> Tensor | None:
+    """W [outputs, inputs] as `packed_product` reads it, [outputs / 16, inputs / 2, 16, 2]; kept with W, so it is made once, and does
+    not see what is written to W later. None where that product does not exist or is not the fastest: it is on processors with AVX-512
+    bf16 and without AMX (Zen 4, say)."""
+    cpu, (outputs, inputs) = torch.cpu.get_capabilities(), weight.shape
+    if (not CPP or weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or outputs % 32 or inputs % 2
+            or not cpu.get("avx512_bf16") or cpu.get("amx_bf16")):
+        return None
+    if not hasattr(weight, "packed"):
+        weight.packed = weight.detach().view(outputs // 16, 16, inputs // 2, 2).transpose(1, 2).contiguous()
+    return weight.packed
+
+
+def packed_product(x, packed) -> Tensor:
+    outputs, inputs = packed.shape[0] * 16, x.shape[-1]
+    out = x.new_empty((*x.shape[:-1], outputs))
+    return call("packed_product", (1, 1, x.dtype), out, (x.numel() // inputs, outputs, inputs), (x, packed))
+
+
 def call(function: str, variant: tuple, out: Tensor, sizes: tuple[int, ...], tensors: tuple[Tensor | None, ...]) -> Tensor:
     """A function of SOURCE on its sizes, its output and its tensors; None becomes NULL."""
-    whole = [x if x is None else x.contiguous() for x in tensors]           # as variables: they must live until the call is over
-    pointers = (x if x is None else x.data_ptr() for x in (out, *whole))
-    library(*variant)[function](*map(ctypes.c_int64, sizes), *map(ctypes.c_void_p, pointers))
+    whole = [x if x is None else x.contiguous() for x in (out, *tensors)]           # as variables: they must live until the call is over
+    pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in whole]
+    getattr(library(*variant), function)(*map(ctypes.c_int64, sizes), *pointers)
     return out
 
 
@@ -535,7 +599,8 @@ for run, fake, schema in (
         (attention_chunk, lambda query, *rest: torch.empty_like(query),
          "Tensor query, Tensor key, Tensor value, Tensor start, Tensor sink_key, Tensor sink_value, Tensor? phi_query, Tensor? phi_key, "
          "Tensor? tail_logit, Tensor? state, Tensor? norm"),
-        (row_product, lambda x, weight: x.new_empty((*x.shape[:-1], len(weight))), "Tensor x, Tensor weight")):
+        (row_product, lambda x, weight: x.new_empty((*x.shape[:-1], len(weight))), "Tensor x, Tensor weight"),
+        (packed_product, lambda x, packed: x.new_empty((*x.shape[:-1], packed.shape[0] * 16)), "Tensor x, Tensor packed")):
     torch.library.define(f"layerboost::{run.__name__}", f"({schema}) -> Tensor")
     torch.library.impl(f"layerboost::{run.__name__}", "CPU", run)
     torch.library.register_fake(f"layerboost::{run.__name__}", fake)

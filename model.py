@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention import Linear, RMSNorm, SoftmaxAttention, SoftmaxCache, WindowLinearAttention
-from kernels import FEATURE_MAPS, linear
+from kernels import FEATURE_MAPS, linear, pack
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
@@ -252,7 +252,7 @@ class Model(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.compiled_shapes, self.recompute = config, set(), False
+        self.config, self.compiled_shapes, self.recompute, self.packed_head = config, set(), False, None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -275,7 +275,19 @@ class Model(nn.Module):
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """ids [B, T] int64 -> logits [B, T, V]. With a cache the T tokens go on from what it holds, and it is filled in
         place."""
-        return linear(self.hidden(ids, cache), self.head)
+        return self.logits(self.hidden(ids, cache))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., hidden_size] after the final norm -> [..., V]"""
+        return linear(hidden, self.head, packed=self.packed_head)
+
+    def pack(self) -> None:
+        """Lays the weights out as `packed_product` of kernels.py reads them, on a processor that has it: a second copy of them in
+        memory, one for all plans of a model. Gradients need the first."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.packed = pack(module.weight)
+        self.packed_head = pack(self.head)
 
     @with_stack
     def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
@@ -399,6 +411,8 @@ class Engine:
     def __init__(self, model: Model, slots: int, pick=lambda logits: logits.argmax(-1), compiled: bool = False):
         self.model, self.slots, self.pick = model, slots, pick
         self.decode = compile_decode(model.device) if compiled else decode
+        if compiled:
+            model.pack()
         self.live: list[Request] = []                                               # the sequence of live[i] is in slot i
         self.cache = model.new_cache(slots, BUCKET)
         self.token = torch.zeros(slots, dtype=torch.int64, device=model.device)     # the last one of each sequence
@@ -418,7 +432,7 @@ class Engine:
                 hidden, last = next(chunks)
                 if last:
                     slot = self.admit(reading, staged)
-                    self.token[slot] = self.pick(linear(hidden, self.model.head))
+                    self.token[slot] = self.pick(self.model.logits(hidden))
                     reading.output.append(int(self.token[slot]))
                     yield reading
                     reading = None
@@ -483,14 +497,14 @@ def prefill(model: Model, prompt: Tensor, cache: Cache):
 def decode(model: Model, token: Tensor, layers: list, positions: Tensor, pick) -> Tensor:
     """One step of every sequence: its last token [B] and position [B] -> its next token [B]; fills the caches of `layers`."""
     x = model.run_layers(model.embed_tokens(token[:, None]), 0, len(model.layers), Cache(layers, positions))
-    return pick(linear(model.norm(x)[:, 0], model.head))
+    return pick(model.logits(model.norm(x)[:, 0]))
 
 
 @functools.cache
 def compile_decode(device: torch.device):
-    """One program for all engines of a model. On a GPU, CUDA graphs. On a CPU the weights become constants, laid out once as the
-    products of matrices want them, and those that share an input as one (query, key and value; gate and up): a second copy of
-    them in memory."""
+    """One program for all engines of a model. On a GPU, CUDA graphs. On a CPU the weights become constants; those that `Model.pack`
+    left as they are get laid out once as torch's products want them, those that share an input as one (query, key and value; gate
+    and up). Either way a second copy of them is in memory."""
     if device.type == "cuda":
         return torch.compile(decode, mode="reduce-overhead")
     return torch._inductor.config.patch({"freezing": True, "cpp.enable_concat_linear": True})(torch.compile(decode))

@@ -240,6 +240,26 @@ def test_a_row_in_cpp_equals_that_of_torch(dtype, tolerance):
         torch.testing.assert_close(ours, torch.nn.functional.linear(x, weight, b)[:1], rtol=tolerance, atol=tolerance)
 
 
+@torch.inference_mode()
+def test_packed_products_equal_those_of_torch(llama):
+    """Of every split of the rows into tiles of 12, 4 and 1, and in a model some of whose matrices fit."""
+    weight = torch.nn.Parameter(torch.randn(96, 70).bfloat16())
+    packed = kernels.pack(weight)
+    if packed is None:
+        pytest.skip("a processor without AVX-512 bf16, or with AMX")
+    assert kernels.pack(weight) is packed and kernels.pack(weight.float()) is None and kernels.pack(weight[:40]) is None
+    for rows in (1, 3, 4, 7, 12, 31):
+        x, bias = torch.randn(2, rows, 70).bfloat16(), torch.randn(96).bfloat16()
+        exact = x.float() @ weight.float().T
+        torch.testing.assert_close(kernels.linear(x, weight, None, packed).float(), exact, rtol=2**-8, atol=1e-4)
+        torch.testing.assert_close(kernels.linear(x, weight, bias, packed), exact.bfloat16() + bias)
+    model, ids = load_model(str(llama), dtype=torch.bfloat16), torch.randint(0, 700, (2, 50))
+    before = model(ids)
+    model.pack()
+    assert model.packed_head is not None and model.layers[0].mlp.up_proj.packed is None      # 704 outputs, and 80
+    torch.testing.assert_close(model(ids), before, rtol=0.02, atol=0.02)
+
+
 def test_a_missing_compiler_is_named(llama, monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
     kernels.library.cache_clear()

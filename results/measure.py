@@ -103,7 +103,7 @@ def healing_rate(path: str, batch: int, context: int, steps: int = 4) -> dict:
             "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
 
 
-KINDS = {"weights": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "layerboost::row_product"),
+KINDS = {"weights": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "layerboost::row_product", "layerboost::packed_product"),
          "attention": ("aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::_softmax_backward_data", "layerboost::attention_step",
                        "layerboost::attention_chunk"),
          "compiled": ("## Call CompiledFxGraph", "CompiledFunction", "Torch-Compiled Region", "TorchDynamo Cache Lookup", "Pregraph bytecode")}
