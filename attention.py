@@ -16,17 +16,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import (Past, apply_rotary, causal_mask, favor_projection, feature_map, feature_size, linear, softmax_attention,
-                     softmax_step, window_linear_attention, window_linear_step)
+from kernels import (Past, apply_rotary, causal_mask, favor_projection, feature_map, feature_size, in_cpp, linear,
+                     softmax_attention, softmax_step, window_linear_attention, window_linear_step)
 
 
 class Linear(nn.Linear):
     """W x + b."""
 
-    packed: Tensor | None = None        # W as C++ reads it (Model.pack)
+    packed: Tensor | None = None        # W as C++ reads it, and after it that of layers with the same input (Model.pack)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, self.packed)
+        return linears(x, self)[0]
+
+
+def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """What each of these gives for x: one product where their weights were packed together."""
+    packed = getattr(layers[0], "packed", None)
+    if packed is None or not in_cpp(x):
+        return [linear(x, layer.weight, layer.bias) if isinstance(layer, Linear) else layer(x) for layer in layers]
+    parts = torch.ops.layerboost.packed_product(x, packed).split([layer.out_features for layer in layers], dim=-1)
+    return [part if layer.bias is None else part + layer.bias for part, layer in zip(parts, layers)]
 
 
 class RMSNorm(nn.Module):
@@ -77,8 +86,8 @@ class SoftmaxAttention(nn.Module):
 
     def project(self, x: Tensor, rotary) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, hidden_size] -> rotated query [B, H, T, D] and key [B, G, T, D], and value [B, G, T, D]."""
-        query, key, value = (projection(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
-                             for projection in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (y.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+                             for y in linears(x, self.q_proj, self.k_proj, self.v_proj))
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         return apply_rotary(query, *rotary), apply_rotary(key, *rotary), value

@@ -37,15 +37,9 @@ FEATURE_MAPS = ("hedgehog", "elu", "relu", "favor", "none")
 
 # --- linear layers, rotary embedding and feature maps ------------------------------------------------------------
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
-    """W x + b: [..., inputs] -> [..., outputs]. `packed` is W as `pack` lays it out, if it has. One row alone, as in the
-    decoding of one sequence, takes as long as reading W."""
-    if not in_cpp(weight):
-        return F.linear(x, weight, bias)
-    if packed is not None:
-        y = torch.ops.layerboost.packed_product(x, packed)
-        return y if bias is None else y + bias
-    if x.shape[:-1].numel() != 1:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """W x + b: [..., inputs] -> [..., outputs]. One row alone, as in the decoding of one sequence, takes as long as reading W."""
+    if x.shape[:-1].numel() != 1 or not in_cpp(weight):
         return F.linear(x, weight, bias)
     y = torch.ops.layerboost.row_product(x.float(), weight)
     return (y if bias is None else y + bias).to(x.dtype)
@@ -563,17 +557,18 @@ def row_product(x, weight) -> Tensor:
     return call("row_product", (1, 1, weight.dtype), x.new_empty((*x.shape[:-1], len(weight))), weight.shape, (x, weight))
 
 
-def pack(weight: Tensor) -> Tensor | None:
-    """W [outputs, inputs] as `packed_product` reads it, [outputs / 16, inputs / 2, 16, 2]; kept with W, so it is made once, and does
-    not see what is written to W later. None where that product does not exist or is not the fastest: it is on processors with AVX-512
-    bf16 and without AMX (Zen 4, say)."""
-    cpu, (outputs, inputs) = torch.cpu.get_capabilities(), weight.shape
-    if (not CPP or weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or outputs % 32 or inputs % 2
+def pack(*weights: Tensor) -> Tensor | None:
+    """Matrices of as many columns, one below the other, as `packed_product` reads them: [outputs / 16, inputs / 2, 16, 2]. Kept with
+    the first, so made once; what is written to it later is not seen. None where that product does not exist or is not the fastest: it
+    is on processors with AVX-512 bf16 and without AMX (Zen 4, say)."""
+    cpu, first = torch.cpu.get_capabilities(), weights[0]
+    outputs, inputs = sum(map(len, weights)), first.shape[1]
+    if (not CPP or first.device.type != "cpu" or first.dtype != torch.bfloat16 or outputs % 32 or inputs % 2
             or not cpu.get("avx512_bf16") or cpu.get("amx_bf16")):
         return None
-    if not hasattr(weight, "packed"):
-        weight.packed = weight.detach().view(outputs // 16, 16, inputs // 2, 2).transpose(1, 2).contiguous()
-    return weight.packed
+    if not hasattr(first, "packed"):
+        first.packed = torch.cat([w.detach() for w in weights]).view(outputs // 16, 16, inputs // 2, 2).transpose(1, 2).contiguous()
+    return first.packed
 
 
 def packed_product(x, packed) -> Tensor:

@@ -31,8 +31,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import Linear, RMSNorm, SoftmaxAttention, SoftmaxCache, WindowLinearAttention
-from kernels import FEATURE_MAPS, linear, pack
+from attention import Linear, RMSNorm, SoftmaxAttention, SoftmaxCache, WindowLinearAttention, linears
+from kernels import FEATURE_MAPS, in_cpp, linear, pack
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
@@ -176,7 +176,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = linears(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -279,14 +280,17 @@ class Model(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] after the final norm -> [..., V]"""
-        return linear(hidden, self.head, packed=self.packed_head)
+        if self.packed_head is not None and in_cpp(hidden):
+            return torch.ops.layerboost.packed_product(hidden, self.packed_head)
+        return linear(hidden, self.head)
 
     def pack(self) -> None:
-        """Lays the weights out as `packed_product` of kernels.py reads them, on a processor that has it: a second copy of them in
-        memory, one for all plans of a model. Gradients need the first."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.packed = pack(module.weight)
+        """Lays the weights out for products in C++ where this processor has them (`pack` of kernels.py), those that read the same input
+        together: a second copy of them in memory, one for all plans of a model. Gradients need the first."""
+        for layer in self.layers:
+            a, mlp = layer.self_attn, layer.mlp
+            for group in ((mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)) + (((a.q_proj, a.k_proj, a.v_proj), (a.o_proj,)) if a else ()):
+                group[0].packed = pack(*(linear.weight for linear in group))
         self.packed_head = pack(self.head)
 
     @with_stack
