@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import (Past, apply_rotary, causal_mask, favor_projection, feature_map, feature_size, in_cpp, linear,
+from kernels import (Past, apply_rotary, favor_projection, feature_map, feature_size, in_cpp, linear, rms_norm,
                      softmax_attention, softmax_step, window_linear_attention, window_linear_step)
 
 
@@ -39,15 +39,12 @@ def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in float32 (arXiv 1910.07467)."""
-
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SoftmaxCache:
@@ -94,11 +91,7 @@ class SoftmaxAttention(nn.Module):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[B, H, T, D] for a whole sequence."""
-        mask = None
-        if self.sliding_window and query.shape[2] > self.sliding_window:
-            position = torch.arange(query.shape[2], device=query.device)
-            mask = causal_mask(position, position, self.sliding_window)[None]
-        return softmax_attention(query, key, value, mask)
+        return softmax_attention(query, key, value, None, self.sliding_window)
 
     def new_cache(self, batch: int, max_tokens: int, dtype: torch.dtype, device) -> SoftmaxCache:
         return SoftmaxCache(self.config, batch, max_tokens, dtype, device)
@@ -112,13 +105,11 @@ class SoftmaxAttention(nn.Module):
             first = (positions + 1 - (self.sliding_window or cache.key.shape[2])).clamp(min=0)
             return softmax_step(query, key, value, positions, cache.key, cache.value, first, positions + 1)
         position = positions[:, None] + torch.arange(query.shape[2], device=query.device)       # (B, T)
-        stored = torch.arange(cache.key.shape[2], device=query.device)
-        mask = causal_mask(position, stored, self.sliding_window)                               # (B, T, max_tokens)
         sequence = torch.arange(query.shape[0], device=query.device)[:, None, None]
         head = torch.arange(key.shape[1], device=query.device)[:, None]
         cache.key[sequence, head, position[:, None]] = key
         cache.value[sequence, head, position[:, None]] = value
-        return softmax_attention(query, cache.key, cache.value, mask)
+        return softmax_attention(query, cache.key, cache.value, positions, self.sliding_window)
 
 
 class WindowLinearCache:

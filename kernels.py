@@ -45,11 +45,32 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return (y if bias is None else y + bias).to(x.dtype)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 (arXiv 1910.07467, eq. 4)."""
+    if eager_in_cpp(x):
+        return call("rms_norm", (1, 1, x.dtype), x.new_empty(x.shape), (x.numel() // len(weight), len(weight), eps), (x, weight))
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (arXiv 2002.05202, section 2), with silu(x) = x / (1 + exp(-x))."""
+    if not eager_in_cpp(gate):
+        return F.silu(gate) * up
+    rows = [x.flatten(0, -2) for x in (gate, up)]                       # parts of the rows of one product, or all of two
+    return call("swiglu", (1, 1, gate.dtype), gate.new_empty(gate.shape), (*rows[0].shape, rows[0].stride(0), rows[1].stride(0)), rows,
+                strided=True)
+
+
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs (x_j, x_{j + D/2}) by the angles of their position (RoFormer, arXiv 2104.09864, section 3.4).
 
     x [B, heads, T, D]; cos, sin [B or 1, 1, T, D / 2] in float32. Computed in float32, returned in x's dtype.
     """
+    if eager_in_cpp(x):
+        B, heads, tokens, D = x.shape
+        return call("rotary", (1, 1, x.dtype), x.new_empty(x.shape), (B, heads, tokens, D // 2, *x.stride()[:3], len(cos) > 1),
+                    (x, cos, sin), strided=True)
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
@@ -106,23 +127,30 @@ def naive_softmax_attention(query: Tensor, key: Tensor, value: Tensor, sliding_w
     return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value
 
 
-def softmax_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The same, causal or under `mask` [B or 1, T, keys] (True where a key is seen), without [T, keys] weights in memory.
+def softmax_attention(query: Tensor, key: Tensor, value: Tensor, start: Tensor | None = None,
+                      sliding_window: int | None = None) -> Tensor:
+    """The same without [T, keys] weights in memory, for queries at the positions from `start` [B] on (None: 0) and the keys of all
+    positions from 0 on, as many as there is room for.
 
     On a GPU by torch's fused kernel. That one runs at a fifth of a CPU's rate of multiplying matrices; so here a block of
-    queries at a time, whose scores stay in the processor's cache, over no keys beyond them where it is causal.
+    queries at a time, whose scores stay in the processor's cache, over no keys beyond them; in C++ where that has the faster products.
     """
-    tokens = query.shape[2]
+    tokens, keys = query.shape[2], key.shape[2]
+    if in_cpp(key) and multiplies_pairs(key) and key.shape[3] % 32 == 0:
+        start = torch.zeros(len(key), dtype=torch.int64) if start is None else start
+        return torch.ops.layerboost.attention_prompt(query, key, value, start, sliding_window or 0)
+    position = torch.arange(tokens, device=query.device) + (0 if start is None else start[:, None])     # (T) or (B, T)
     if query.is_cuda:
-        return F.scaled_dot_product_attention(query, key, value, mask if mask is None else mask[:, None], is_causal=mask is None,
-                                              enable_gqa=True)
-    position, out = torch.arange(tokens, device=query.device), []
-    size = max(16, min(64, BLOCK_SCORES // key.shape[2]))
-    for start in range(0, tokens, size):
-        block = slice(start, min(start + size, tokens))
-        keys = slice(block.stop if mask is None else None)
-        seen = causal_mask(position[block], position[keys])[None] if mask is None else mask[:, block]
-        out.append(attend_block(query[:, :, block], key[:, :, keys], value[:, :, keys], seen))
+        whole = start is None and not sliding_window
+        mask = None if whole else causal_mask(position, torch.arange(keys, device=query.device), sliding_window)
+        mask = mask if whole or start is None else mask[:, None]
+        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=whole, enable_gqa=True)
+    size, out = max(16, min(64, BLOCK_SCORES // keys)), []
+    for first in range(0, tokens, size):
+        block = slice(first, min(first + size, tokens))
+        seen = torch.arange(block.stop if start is None else keys, device=query.device)
+        out.append(attend_block(query[:, :, block], key[:, :, :len(seen)], value[:, :, :len(seen)],
+                                causal_mask(position[..., block], seen, sliding_window).expand(len(key), -1, -1)))
     return torch.cat(out, dim=2)
 
 
@@ -338,6 +366,7 @@ CPP = True          # False where there is no C++ compiler (--no-compile): torch
 NUMBERS = {torch.float32: "float", torch.bfloat16: "uint16_t"}
 SOURCE = r"""
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -349,6 +378,14 @@ static float number(uint16_t bfloat16) {
     float x;
     memcpy(&x, &bits, sizeof x);
     return x;
+}
+
+static void store(float x, float* to) { *to = x; }
+
+static void store(float x, uint16_t* to) {          // to the nearest, the even one of two
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    *to = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
 static float exponential(float x) {         // e^x for x <= 0, as 2^n e^r with |r| <= ln(2) / 2 and the series of e^r
@@ -474,36 +511,116 @@ extern "C" void row_product(int64_t rows, int64_t columns, float* out, const flo
     }
 }
 
+extern "C" void rms_norm(int64_t rows, int64_t size, double eps, NUMBER* out, const NUMBER* x, const NUMBER* weight) {
+    #pragma omp parallel for
+    for (int64_t i = 0; i < rows; i++) {
+        float sum = 0;
+        for (int64_t j = 0; j < size; j++) sum += number(x[i * size + j]) * number(x[i * size + j]);
+        float scale = 1 / std::sqrt(sum / size + float(eps));
+        for (int64_t j = 0; j < size; j++) store(number(x[i * size + j]) * scale * number(weight[j]), out + i * size + j);
+    }
+}
+
+extern "C" void swiglu(int64_t rows, int64_t size, int64_t gate_row, int64_t up_row, NUMBER* out, const NUMBER* gate, const NUMBER* up) {
+    #pragma omp parallel for
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < size; j++) {
+            float x = number(gate[i * gate_row + j]), e = exponential(-std::abs(x));         // sigmoid(x) = 1 / (1 + e^-x) = e^x / (1 + e^x)
+            store(x * (x < 0 ? e : 1) / (1 + e) * number(up[i * up_row + j]), out + i * size + j);
+        }
+}
+
+// x [B, heads, T, 2 * half] lies in memory as the strides say. Sequences may have the same angles, or each its own.
+extern "C" void rotary(int64_t batch, int64_t heads, int64_t tokens, int64_t half, int64_t of_sequence, int64_t of_head, int64_t of_token,
+                       int64_t own_angles, NUMBER* out, const NUMBER* x, const float* cos, const float* sin) {
+    #pragma omp parallel for
+    for (int64_t i = 0; i < batch * heads * tokens; i++) {
+        int64_t t = i % tokens, h = i / tokens % heads, b = i / tokens / heads, angle = (own_angles * b * tokens + t) * half;
+        const NUMBER* row = x + b * of_sequence + h * of_head + t * of_token;
+        for (int64_t j = 0; j < half; j++) {
+            float first = number(row[j]), second = number(row[j + half]);
+            store(first * cos[angle + j] - second * sin[angle + j], out + 2 * half * i + j);
+            store(second * cos[angle + j] + first * sin[angle + j], out + 2 * half * i + half + j);
+        }
+    }
+}
+
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 
-// M rows times 32 outputs, kept in registers, a pair of inputs at a time; meanwhile the weights of the next 32 are fetched. In `weights`
-// the pairs of 16 outputs lie side by side, as vdpbf16ps takes them.
-template <int M> static void tile(int64_t pairs, int64_t outputs, const int32_t* x, const uint16_t* weights, uint16_t* out, bool fetch) {
+// M rows of x times 32 outputs, kept in registers, a pair of inputs at a time; meanwhile the weights of the next 32 are fetched. The pairs
+// of 16 outputs lie side by side, as vdpbf16ps takes them, and `stripe` numbers further those of the next 16.
+template <int M> static void tile(int64_t pairs, const int32_t* x, int64_t row, const uint16_t* weights, int64_t stripe, uint16_t* out,
+                                  int64_t out_row, bool fetch) {
     __m512 sum[M][2] = {};
     for (int64_t k = 0; k < pairs; k++) {
-        const uint16_t *w = weights + k * 32, *next = w + pairs * 64;
-        if (fetch) _mm_prefetch(next, _MM_HINT_T0), _mm_prefetch(next + pairs * 32, _MM_HINT_T0);
-        __m512bh first = (__m512bh)_mm512_loadu_si512(w), second = (__m512bh)_mm512_loadu_si512(w + pairs * 32);
+        const uint16_t *w = weights + k * 32, *next = w + 2 * stripe;
+        if (fetch) _mm_prefetch(next, _MM_HINT_T0), _mm_prefetch(next + stripe, _MM_HINT_T0);
+        __m512bh first = (__m512bh)_mm512_loadu_si512(w), second = (__m512bh)_mm512_loadu_si512(w + stripe);
         #pragma GCC unroll 12
         for (int m = 0; m < M; m++) {
-            __m512bh pair = (__m512bh)_mm512_set1_epi32(x[m * pairs + k]);
+            __m512bh pair = (__m512bh)_mm512_set1_epi32(x[m * row + k]);
             sum[m][0] = _mm512_dpbf16_ps(sum[m][0], first, pair), sum[m][1] = _mm512_dpbf16_ps(sum[m][1], second, pair);
         }
     }
     #pragma GCC unroll 12
     for (int m = 0; m < M; m++)
-        _mm512_storeu_si512(out + m * outputs, (__m512i)_mm512_cvtne2ps_pbh(sum[m][1], sum[m][0]));
+        _mm512_storeu_si512(out + m * out_row, (__m512i)_mm512_cvtne2ps_pbh(sum[m][1], sum[m][0]));
+}
+
+static void tiles(int64_t rows, int64_t pairs, const int32_t* x, int64_t row, const uint16_t* weights, int64_t stripe, uint16_t* out,
+                  int64_t out_row, bool fetch = false) {
+    int64_t r = 0;
+    for (; r + 12 <= rows; r += 12) tile<12>(pairs, x + r * row, row, weights, stripe, out + r * out_row, out_row, fetch && !r);
+    for (; r + 4 <= rows; r += 4) tile<4>(pairs, x + r * row, row, weights, stripe, out + r * out_row, out_row, fetch && !r);
+    for (; r < rows; r++) tile<1>(pairs, x + r * row, row, weights, stripe, out + r * out_row, out_row, fetch && !r);
 }
 
 extern "C" void packed_product(int64_t rows, int64_t outputs, int64_t inputs, uint16_t* out, const int32_t* x, const uint16_t* weights) {
-    int64_t pairs = inputs / 2;
     #pragma omp parallel for
-    for (int64_t o = 0; o < outputs; o += 32) {
-        int64_t r = 0;
-        for (; r + 12 <= rows; r += 12) tile<12>(pairs, outputs, x + r * pairs, weights + o * inputs, out + r * outputs + o, r == 0);
-        for (; r + 4 <= rows; r += 4) tile<4>(pairs, outputs, x + r * pairs, weights + o * inputs, out + r * outputs + o, r == 0);
-        for (; r < rows; r++) tile<1>(pairs, outputs, x + r * pairs, weights + o * inputs, out + r * outputs + o, r == 0);
+    for (int64_t o = 0; o < outputs; o += 32)
+        tiles(rows, inputs / 2, x, inputs / 2, weights + o * inputs, 16 * inputs, out + o, outputs, true);
+}
+
+// Tier S for many queries, BLOCK_QUERIES of a head at a time: q k^T by tiles, softmax, and weights times values by tiles. Query t lies at
+// position start + t, key j at position j. `size` is the head's.
+extern "C" void attention_prompt(int64_t batch, int64_t heads, int64_t groups, int64_t tokens, int64_t room, int64_t size, int64_t sliding_window,
+                                 uint16_t* out, const uint16_t* query, const uint16_t* key, const uint16_t* value, const int64_t* start) {
+    const int64_t BLOCK_QUERIES = 24, keys = (room + 31) / 32 * 32, blocks = (tokens + BLOCK_QUERIES - 1) / BLOCK_QUERIES;
+    std::vector<uint16_t> key_pairs(batch * groups * keys * size), value_pairs(batch * groups * keys * size);
+    #pragma omp parallel
+    {
+        #pragma omp for
+        for (int64_t i = 0; i < batch * groups * room; i++)
+            for (int64_t d = 0, g = i / room, j = i % room; d < size; d++) {
+                key_pairs[g * keys * size + (j / 16 * size + d / 2 * 2) * 16 + j % 16 * 2 + d % 2] = key[i * size + d];
+                value_pairs[g * keys * size + (d / 16 * keys + j / 2 * 2) * 16 + d % 16 * 2 + j % 2] = value[i * size + d];
+            }
+        std::vector<uint16_t> scores(BLOCK_QUERIES * keys);
+        std::vector<float> weight(keys);
+        #pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < batch * heads * blocks; i++) {
+            int64_t head = i % (batch * heads), t = (blocks - 1 - i / (batch * heads)) * BLOCK_QUERIES, rows = std::min(BLOCK_QUERIES, tokens - t);
+            int64_t position = start[head / heads] + t, g = head / (heads / groups) * keys * size;
+            auto first = [&](int64_t p) { return sliding_window ? std::max<int64_t>(p + 1 - sliding_window, 0) : 0; };
+            int64_t from = first(position) / 32 * 32, to = (position + rows + 31) / 32 * 32;
+            const int32_t* q = (const int32_t*)(query + (head * tokens + t) * size);
+            for (int64_t j = from; j < to; j += 32)
+                tiles(rows, size / 2, q, size / 2, key_pairs.data() + g + j * size, 16 * size, scores.data() + j, keys);
+            for (int64_t r = 0; r < rows; r++) {
+                uint16_t* score = scores.data() + r * keys;
+                int64_t low = first(position + r), high = position + r + 1;
+                float largest = -1e30f, sum = 0, scale = 1 / std::sqrt(float(size));
+                #pragma omp simd reduction(max:largest)
+                for (int64_t j = low; j < high; j++) largest = std::max(largest, number(score[j]));
+                for (int64_t j = low; j < high; j++) sum += weight[j] = exponential((number(score[j]) - largest) * scale);
+                std::fill(score + from, score + low, 0), std::fill(score + high, score + to, 0);
+                for (int64_t j = low; j < high; j++) store(weight[j] * (1 / sum), score + j);
+            }
+            for (int64_t d = 0; d < size; d += 32)
+                tiles(rows, (to - from) / 2, (const int32_t*)(scores.data() + from), keys / 2, value_pairs.data() + g + d * keys + from * 16,
+                      16 * keys, out + (head * tokens + t) * size + d, size);
+        }
     }
 }
 #endif
@@ -512,6 +629,18 @@ extern "C" void packed_product(int64_t rows, int64_t outputs, int64_t inputs, ui
 
 def in_cpp(x: Tensor) -> bool:
     return CPP and x.device.type == "cpu" and x.dtype in NUMBERS and not torch.is_grad_enabled()
+
+
+def eager_in_cpp(x: Tensor) -> bool:
+    """For short formulas: in a compiled program torch fuses them with what surrounds them."""
+    return in_cpp(x) and not torch.compiler.is_compiling()
+
+
+def multiplies_pairs(x: Tensor) -> bool:
+    """Whether products of pairs in C++ exist for this, and are the fastest: they are on processors with AVX-512 bf16 and without AMX
+    (Zen 4, say)."""
+    cpu = torch.cpu.get_capabilities()
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and bool(cpu.get("avx512_bf16")) and not cpu.get("amx_bf16")
 
 
 def scaled(query: Tensor) -> Tensor:
@@ -559,12 +688,9 @@ def row_product(x, weight) -> Tensor:
 
 def pack(*weights: Tensor) -> Tensor | None:
     """Matrices of as many columns, one below the other, as `packed_product` reads them: [outputs / 16, inputs / 2, 16, 2]. Kept with
-    the first, so made once; what is written to it later is not seen. None where that product does not exist or is not the fastest: it
-    is on processors with AVX-512 bf16 and without AMX (Zen 4, say)."""
-    cpu, first = torch.cpu.get_capabilities(), weights[0]
-    outputs, inputs = sum(map(len, weights)), first.shape[1]
-    if (not CPP or first.device.type != "cpu" or first.dtype != torch.bfloat16 or outputs % 32 or inputs % 2
-            or not cpu.get("avx512_bf16") or cpu.get("amx_bf16")):
+    the first, so made once; what is written to it later is not seen. None where there is no such product."""
+    first, outputs, inputs = weights[0], sum(map(len, weights)), weights[0].shape[1]
+    if not CPP or not multiplies_pairs(first) or outputs % 32 or inputs % 2:
         return None
     if not hasattr(first, "packed"):
         first.packed = torch.cat([w.detach() for w in weights]).view(outputs // 16, 16, inputs // 2, 2).transpose(1, 2).contiguous()
@@ -577,11 +703,19 @@ def packed_product(x, packed) -> Tensor:
     return call("packed_product", (1, 1, x.dtype), out, (x.numel() // inputs, outputs, inputs), (x, packed))
 
 
-def call(function: str, variant: tuple, out: Tensor, sizes: tuple[int, ...], tensors: tuple[Tensor | None, ...]) -> Tensor:
-    """A function of SOURCE on its sizes, its output and its tensors; None becomes NULL."""
-    whole = [x if x is None else x.contiguous() for x in (out, *tensors)]           # as variables: they must live until the call is over
+def attention_prompt(query, key, value, start, sliding_window) -> Tensor:
+    (B, H, tokens, D), (G, keys) = query.shape, key.shape[1:3]
+    return call("attention_prompt", (1, 1, key.dtype), query.new_empty(query.shape),
+                (B, H, G, tokens, keys, D, sliding_window), (query, key, value, start.expand(B)))
+
+
+def call(function: str, variant: tuple, out: Tensor, numbers: tuple, tensors: tuple[Tensor | None, ...], strided: bool = False) -> Tensor:
+    """A function of SOURCE on its numbers, its output and its tensors; None becomes NULL, and what does not lie in one piece is copied,
+    unless the numbers tell how it lies."""
+    whole = [x if x is None or strided else x.contiguous() for x in (out, *tensors)]    # as variables: they must live until the call is over
     pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in whole]
-    getattr(library(*variant), function)(*map(ctypes.c_int64, sizes), *pointers)
+    numbers = [ctypes.c_double(n) if isinstance(n, float) else ctypes.c_int64(n) for n in numbers]
+    getattr(library(*variant), function)(*numbers, *pointers)
     return out
 
 
@@ -594,6 +728,8 @@ for run, fake, schema in (
         (attention_chunk, lambda query, *rest: torch.empty_like(query),
          "Tensor query, Tensor key, Tensor value, Tensor start, Tensor sink_key, Tensor sink_value, Tensor? phi_query, Tensor? phi_key, "
          "Tensor? tail_logit, Tensor? state, Tensor? norm"),
+        (attention_prompt, lambda query, *rest: query.new_empty(query.shape),
+         "Tensor query, Tensor key, Tensor value, Tensor start, int sliding_window"),
         (row_product, lambda x, weight: x.new_empty((*x.shape[:-1], len(weight))), "Tensor x, Tensor weight"),
         (packed_product, lambda x, packed: x.new_empty((*x.shape[:-1], packed.shape[0] * 16)), "Tensor x, Tensor packed")):
     torch.library.define(f"layerboost::{run.__name__}", f"({schema}) -> Tensor")

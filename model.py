@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention import Linear, RMSNorm, SoftmaxAttention, SoftmaxCache, WindowLinearAttention, linears
-from kernels import FEATURE_MAPS, in_cpp, linear, pack
+from kernels import FEATURE_MAPS, in_cpp, linear, pack, swiglu
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
@@ -167,7 +167,7 @@ def check_settings(plan: str, config: Config) -> None:
 # --- decoder -----------------------------------------------------------------------------------------------------
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+    """down(silu(gate(x)) * up(x))"""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -177,7 +177,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = linears(x, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(gate, up))
 
 
 class Block(nn.Module):

@@ -241,6 +241,32 @@ def test_a_row_in_cpp_equals_that_of_torch(dtype, tolerance):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_short_formulas_in_cpp_equal_those_in_torch(dtype, monkeypatch):
+    torch.manual_seed(0)
+    x, weight, product = (torch.randn(*shape).to(dtype) * 3 for shape in ((2, 5, 48), (48,), (2, 5, 80)))
+    heads, angle = torch.randn(2, 5, 64).to(dtype).unflatten(-1, (4, 16)).transpose(1, 2), torch.randn(2, 1, 5, 8)
+    def results():
+        return (kernels.rms_norm(x, weight, 1e-5), kernels.swiglu(*product.split(40, dim=-1)), kernels.swiglu(x - 90, x), kernels.swiglu(x + 90, x),
+                *(kernels.apply_rotary(heads, angle[:count].cos(), angle[:count].sin()) for count in (1, 2)))
+    with torch.inference_mode():
+        ours = results()
+        monkeypatch.setattr(kernels, "CPP", False)
+        for mine, torchs in zip(ours, results()):
+            torch.testing.assert_close(mine, torchs, rtol=1e-5 if dtype == torch.float32 else 2**-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 40])
+@pytest.mark.parametrize("tokens,keys", [(1, 1), (23, 23), (24, 90), (150, 150), (77, 200)])
+def test_softmax_attention_in_bfloat16_equals_the_formula(tokens, keys, sliding_window):
+    query, key, value = (x.bfloat16() for x in random_inputs(keys, "none", D=64)[:3])
+    expected = kernels.naive_softmax_attention(query.float(), key.float(), value.float(), sliding_window)[:, :, -tokens:]
+    room = torch.nn.functional.pad(torch.stack((key, value)), (0, 0, 0, 5), value=9.0)      # what lies beyond them is not read
+    with torch.inference_mode():
+        actual = kernels.softmax_attention(query[:, :, -tokens:].contiguous(), *room, torch.tensor([keys - tokens] * 2), sliding_window)
+    assert (actual.float() - expected).norm() / expected.norm() < 0.01
+
+
 def test_packed_products_equal_those_of_torch(llama):
     """Of every split of the rows into tiles of 12, 4 and 1, and in a model some of whose matrices fit."""
     first, second = (torch.nn.Parameter(torch.randn(rows, 70).bfloat16()) for rows in (80, 16))
@@ -296,9 +322,8 @@ def test_a_window_over_everything_is_softmax_attention():
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 150])
 def test_softmax_attention_in_blocks_equals_the_formula(tokens, sliding_window):
     inputs = [x.requires_grad_(True) for x in random_inputs(tokens, "none")[:3]]
-    expected, position = kernels.naive_softmax_attention(*inputs, sliding_window), torch.arange(tokens)
-    mask = kernels.causal_mask(position, position, sliding_window)[None] if sliding_window else None
-    actual, weight = kernels.softmax_attention(*inputs, mask), torch.randn(expected.shape)
+    expected = kernels.naive_softmax_attention(*inputs, sliding_window)
+    actual, weight = kernels.softmax_attention(*inputs, None, sliding_window), torch.randn(expected.shape)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(*(torch.autograd.grad((out * weight).sum(), inputs) for out in (actual, expected))):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -157,10 +157,11 @@ def attention_times() -> list[dict]:
     rows = []
     for tokens, keys in ((512, 512), (1024, 1024), (4096, 4096), (512, 1024), (512, 4096)):
         query, key, value = (torch.randn(1, heads, count, 64, dtype=torch.bfloat16, requires_grad=True) for heads, count in ((9, tokens), (3, keys), (3, keys)))
-        mask = None if tokens == keys else kernels.causal_mask(torch.arange(keys - tokens, keys), torch.arange(keys))[None]
-        fused = lambda: torch.nn.functional.scaled_dot_product_attention(query, key, value, mask if mask is None else mask[:, None],
+        start = None if tokens == keys else torch.tensor([keys - tokens])
+        mask = start if start is None else kernels.causal_mask(torch.arange(keys - tokens, keys), torch.arange(keys))[None, None]
+        fused = lambda: torch.nn.functional.scaled_dot_product_attention(query, key, value, mask,
                                                                          is_causal=mask is None, enable_gqa=True)
-        ours = lambda: kernels.softmax_attention(query, key, value, mask)
+        ours = lambda: kernels.softmax_attention(query, key, value, start)
         row = {"queries": tokens, "keys": keys}
         for name, run in (("fused", fused), ("ours", ours)):
             with torch.no_grad():
