@@ -15,7 +15,7 @@ exponents for safety is subtracted from a_i and from b alike, so the mix does no
 `naive_window_linear_attention` is that formula with [T, T] masks, and the reference for all else in this file.
 `window_linear_attention` is the same in chunks: O(T (window + sinks + F)) time and O(T) memory. `window_linear_step`
 is one token of it in O(window + sinks + F), whatever the context length. Not all of it is torch: on a CPU and without
-gradients, the attention of decoding steps, all of tier L, and products with weights run in C++ where that is faster (towards the end).
+gradients, attention, short formulas and products with weights run in C++ where that is faster (towards the end).
 
 Shapes: B batch, T tokens, H query heads, G key/value heads (each serves H / G query heads), D head size, F features.
 """
@@ -359,8 +359,8 @@ def window_linear_step(query: Tensor, new_key: Tensor, new_value: Tensor, slot: 
 # A decoding step's time goes into reading caches and weights. torch's products of a few rows read them at half of the speed of
 # memory, and caches for all sequences as far as the longest goes; here each sequence's own keys and values are read once. And
 # tier L is a recurrence whose state fits into the processor's nearest cache: taken one token after the other it costs less than
-# the many passes over memory of its form in chunks. Products with weights are torch's, but of a single row, and of weights that
-# `pack` laid out for long service.
+# the many passes over memory of its form in chunks. A formula of elementwise work is one pass here, and five to ten eagerly.
+# Products with weights are torch's, but of a single row, and of weights that `pack` laid out for long service.
 
 CPP = True          # False where there is no C++ compiler (--no-compile): torch's products everywhere
 NUMBERS = {torch.float32: "float", torch.bfloat16: "uint16_t"}
