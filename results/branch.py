@@ -1,10 +1,11 @@
 """Ends a long healing run early, on the side: what it would have reached with a smaller budget, while the run itself goes on.
 
-    python results/branch.py OUT/healing.safetensors --model DIR --data TEXT --valid TEXT --tokens 300k --out BRANCH
+    python results/branch.py OUT/healing.safetensors --model DIR --data TEXT --valid TEXT --tokens 300k --out BRANCH [--tail-lr 1e-2]
 
 Until its rate falls a run takes the same steps whatever its budget, but for attention transfer, a hundredth of it. So a copy of the
 checkpoint goes on with the rate of a run of `tokens` in all, stage 3 included. The checkpoint should be of a little before the rate of
-such a run begins to fall (72% of the tokens); of a later one the rate falls at once to where it would be.
+such a run begins to fall (72% of the tokens); of a later one the rate falls at once to where it would be. `--tail-lr` is the rate of stage 3,
+if it shall not be the run's; with 0 there is no stage 3, and its BRANCH/healing.safetensors is what others can go on from.
 """
 
 import argparse
@@ -28,6 +29,7 @@ parser.add_argument("checkpoint")
 for flag in ("--model", "--data", "--valid", "--out"):
     parser.add_argument(flag, required=True)
 parser.add_argument("--tokens", required=True, type=token_count)
+parser.add_argument("--tail-lr", type=float)
 args = parser.parse_args()
 
 bench.set_up(eager=False)
@@ -36,11 +38,16 @@ out.mkdir(parents=True, exist_ok=True)
 if not (out / "healing.safetensors").exists():
     shutil.copy(args.checkpoint, out / "healing.safetensors")
 with safe_open(out / "healing.safetensors", framework="pt") as file:
-    identity, start = json.loads(file.metadata()["identity"]), int(file.metadata()["step"])
+    identity, start, recorded = (json.loads(file.metadata()[name]) for name in ("identity", "step", "curve"))
 whole = Healing(**{field.name: identity[field.name] for field in fields(Healing)})
 settings = Healing(**{field.name: identity[field.name] for field in fields(Healing)} | {"tokens": args.tokens})
 settings.tokens, settings.transfer_steps = whole.tokens, whole.transfer_steps          # what the checkpoint was made with
-settings.validates = lambda step: whole.validates(step) if step <= start else step in (settings.short_steps, settings.steps)
+settings.validates = lambda step: step < len(recorded["valid"]) if step <= start else step in (settings.short_steps, settings.steps)
+if args.tail_lr == 0:
+    settings.steps = settings.short_steps
+elif args.tail_lr:
+    scale = args.tail_lr / settings.tail_lr
+    settings.learning_rate = lambda step: Healing.learning_rate(settings, step) * (scale if step >= settings.short_steps else 1)
 
 base, tokenizer = load_model(args.model, dtype=getattr(torch, identity["dtype"])), load_tokenizer(args.model)
 base.compiled_shapes.add((settings.batch, settings.context))
