@@ -47,7 +47,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 (arXiv 1910.07467, eq. 4)."""
-    if eager_in_cpp(x):
+    if eager_in_cpp(x) and weight.dtype == x.dtype:
         return call("rms_norm", (1, 1, x.dtype), x.new_empty(x.shape), (x.numel() // len(weight), len(weight), eps), (x, weight))
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
@@ -141,7 +141,7 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, start: Tensor |
         return torch.ops.layerboost.attention_prompt(query, key, value, start, sliding_window or 0)
     position = torch.arange(tokens, device=query.device) + (0 if start is None else start[:, None])     # (T) or (B, T)
     if query.is_cuda:
-        whole = start is None and not sliding_window
+        whole = start is None and (not sliding_window or tokens <= sliding_window)
         mask = None if whole else causal_mask(position, torch.arange(keys, device=query.device), sliding_window)
         mask = mask if whole or start is None else mask[:, None]
         return F.scaled_dot_product_attention(query, key, value, mask, is_causal=whole, enable_gqa=True)
