@@ -1,11 +1,12 @@
 """Ends a long healing run early, on the side: what it would have reached with a smaller budget, while the run itself goes on.
 
-    python results/branch.py OUT/healing.safetensors --model DIR --data TEXT --valid TEXT --tokens 300k --out BRANCH [--tail-lr 1e-2]
+    python results/branch.py OUT/healing.safetensors --model DIR --data TEXT --valid TEXT --tokens 300k --out BRANCH [--cool-down 0.4] [--tail-lr 1e-2]
 
 Until its rate falls a run takes the same steps whatever its budget, but for attention transfer, a hundredth of it. So a copy of the
 checkpoint goes on with the rate of a run of `tokens` in all, stage 3 included. The checkpoint should be of a little before the rate of
-such a run begins to fall (72% of the tokens); of a later one the rate falls at once to where it would be. `--tail-lr` is the rate of stage 3,
-if it shall not be the run's; with 0 there is no stage 3, and its BRANCH/healing.safetensors is what others can go on from.
+such a run begins to fall (72% of the tokens); of a later one the rate falls at once to where it would be. `--cool-down` is the part of
+stage 2 in which its rate falls, a fifth if not given. `--tail-lr` is the rate of stage 3, if it shall not be the run's; with 0 there is
+no stage 3, and its BRANCH/healing.safetensors is what others can go on from.
 """
 
 import argparse
@@ -29,6 +30,7 @@ parser.add_argument("checkpoint")
 for flag in ("--model", "--data", "--valid", "--out"):
     parser.add_argument(flag, required=True)
 parser.add_argument("--tokens", required=True, type=token_count)
+parser.add_argument("--cool-down", type=float, default=0.2)
 parser.add_argument("--tail-lr", type=float)
 args = parser.parse_args()
 
@@ -45,9 +47,15 @@ settings.tokens, settings.transfer_steps = whole.tokens, whole.transfer_steps   
 settings.validates = lambda step: step < len(recorded["valid"]) if step <= start else step in (settings.short_steps, settings.steps)
 if args.tail_lr == 0:
     settings.steps = settings.short_steps
-elif args.tail_lr:
-    scale = args.tail_lr / settings.tail_lr
-    settings.learning_rate = lambda step: Healing.learning_rate(settings, step) * (scale if step >= settings.short_steps else 1)
+
+
+def learning_rate(step: int) -> float:
+    if step >= settings.short_steps:
+        return Healing.learning_rate(settings, step) * (args.tail_lr / settings.tail_lr if args.tail_lr else 1)
+    return settings.lr * min(1.0, (settings.short_steps - step) / (args.cool_down * (settings.short_steps - settings.transfer_steps)))
+
+
+settings.learning_rate = learning_rate
 
 base, tokenizer = load_model(args.model, dtype=getattr(torch, identity["dtype"])), load_tokenizer(args.model)
 base.compiled_shapes.add((settings.batch, settings.context))
