@@ -39,6 +39,7 @@ from model import InputError, Model, Tokenizer, from_hub, write_file
 
 C4 = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"         # the text to heal on when none is named
 TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json.gz")
+AVERAGE = 3                     # how late steps count in the average of a stage's weights
 
 
 class Diverged(RuntimeError):
@@ -190,16 +191,19 @@ class Healing:
     def tokens_after(self, step: int) -> int:
         return self.batch * (min(step, self.short_steps) * self.context + max(0, step - self.short_steps) * self.long_context)
 
-    def learning_rate(self, step: int) -> float:
-        """Each stage warms up, stays at its rate, and falls to zero along a line over its last fifth (arXiv 2405.18392); at equal
-        tokens that goes further than a cosine (results/healing.md)."""
-        first, last, peak = self.transfer_steps, self.short_steps, self.lr
+    def stage(self, step: int) -> tuple[int, int, float]:
+        """The first step of the stage that this one is in, the first after it, and the stage's learning rate."""
         if step < self.transfer_steps:
-            first, last, peak = 0, self.transfer_steps, self.tail_lr
-        elif step >= self.short_steps:
-            first, last, peak = self.short_steps, self.steps, self.tail_lr
-        warm_up, cool_down = max(1, min(50, (last - first) // 20)), max(1, (last - first) / 5)
-        return peak * min(1.0, (step - first + 1) / warm_up, (last - step) / cool_down)
+            return 0, self.transfer_steps, self.tail_lr
+        if step < self.short_steps:
+            return self.transfer_steps, self.short_steps, self.lr
+        return self.short_steps, self.steps, self.tail_lr
+
+    def learning_rate(self, step: int) -> float:
+        """Each stage warms up over its first twentieth, 50 steps at most, and stays at its rate: what falls elsewhere to end the
+        noise of single steps is the average's work here (`Optimizer`)."""
+        first, last, peak = self.stage(step)
+        return peak * min(1.0, (step - first + 1) / max(1, min(50, (last - first) // 20)))
 
     def validates(self, step: int) -> bool:
         """Ten times in a run, before it, between the stages, and at its end."""
@@ -246,7 +250,7 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
     for parameter in trained.values():
         parameter.requires_grad_(True)
     optimizer = Optimizer(trained)
-    identity = json.loads(json.dumps({**identity, **asdict(settings)}))
+    identity = json.loads(json.dumps({**identity, **asdict(settings), "average": AVERAGE}))
     step, curve = optimizer.load(checkpoint, identity) if checkpoint.exists() else (0, {"train": [], "valid": []})
 
     rank, world = rank_and_world()
@@ -256,7 +260,9 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
     with stop, tqdm(total=tokens(settings.steps), initial=tokens(step), desc="healing", unit="tok", unit_scale=True) as bar:
         while True:
             if settings.validates(step) and len(curve["valid"]) < sum(map(settings.validates, range(step + 1))):
+                optimizer.exchange()
                 curve["valid"].append([tokens(step), validation_kl(student, teacher.head, targets)])
+                optimizer.exchange()
                 first, kl = curve["valid"][0][1], curve["valid"][-1][1]
                 bar.write(f"  {tokens(step):>10,} tokens   validation KL {kl:.4f}  {'█' * round(32 * min(1.0, kl / max(first, 1e-9)))}")
             asked = torch.tensor(float(stop.asked), device=teacher.device)
@@ -280,8 +286,11 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
             loss = float(loss)
             if not math.isfinite(loss):
                 raise Diverged(f"the loss is {loss} at step {step} ({tokens(step):,} tokens): try a lower --lr")
-            optimizer.step(settings.learning_rate(step))
+            first, last, _ = settings.stage(step)
+            optimizer.step(settings.learning_rate(step), step - first + 1)
             step += 1
+            if step == last:
+                optimizer.end_stage()
             curve["train"].append(round(loss, 5))
             bar.set_postfix_str(f"{'transfer error' if transfer else 'KL'} {loss:.4f}")
             bar.update(tokens(step) - bar.n)
@@ -332,15 +341,25 @@ def validation_kl(student: Model, teacher_head: Tensor, targets: list[tuple[Tens
 
 class Optimizer:
     """AdamW (arXiv 1711.05101) without weight decay, gradients clipped to norm 1, in float32: a bf16 weight that `full`
-    trains has a float32 master here. Its whole state goes into one safetensors file."""
+    trains has a float32 master here. Its whole state goes into one safetensors file.
+
+    Beside the weights w_t it keeps their average, in which step t of a stage counts about as t^AVERAGE (arXiv 1212.1824, section 4):
+
+        average_t = (1 - c) average_{t-1} + c w_t      c = (AVERAGE + 1) / (AVERAGE + t)
+
+    At a rate that stays, w_t soon only circles around a point that moves on slowly; the average is that point (results/healing.md).
+    """
 
     def __init__(self, trained: dict[str, nn.Parameter]):
         self.trained = trained
         self.masters = {name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
                         for name, p in trained.items()}
+        self.averages = {name: master.detach().clone() for name, master in self.masters.items()}
         self.adam = torch.optim.AdamW(self.masters.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
-    def step(self, learning_rate: float) -> None:
+    @torch.no_grad()
+    def step(self, learning_rate: float, t: int = 1) -> None:
+        """With the gradients of the t-th step of a stage, from 1 on; at the first the average is the weight itself."""
         for name, parameter in self.trained.items():
             master = self.masters[name]
             if master is not parameter and parameter.grad is not None:
@@ -349,7 +368,26 @@ class Optimizer:
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
         self.adam.step()
+        for name, master in self.masters.items():
+            if master.grad is not None:
+                self.averages[name].lerp_(master, (AVERAGE + 1) / (AVERAGE + t))
         self.adam.zero_grad(set_to_none=True)
+        self.publish()
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """The averages become the weights, and the weights are kept in their place."""
+        for name, master in self.masters.items():
+            weight = master.clone()
+            master.copy_(self.averages[name])
+            self.averages[name].copy_(weight)
+        self.publish()
+
+    @torch.no_grad()
+    def end_stage(self) -> None:
+        """The averages become the weights, for good."""
+        for name, master in self.masters.items():
+            master.copy_(self.averages[name])
         self.publish()
 
     @torch.no_grad()
@@ -360,6 +398,7 @@ class Optimizer:
 
     def save(self, path: Path, step: int, curve: dict, identity: dict) -> None:
         tensors = {name: master.detach() for name, master in self.masters.items()}
+        tensors |= {f"{name}/average": average for name, average in self.averages.items()}
         for name, master in self.masters.items():
             tensors |= {f"{name}/{key}": x for key, x in self.adam.state[master].items()}
         metadata = {"step": str(step), "curve": json.dumps(curve), "identity": json.dumps(identity)}
@@ -376,6 +415,7 @@ class Optimizer:
                                      "command to go on, or give another --out, or delete the file")
             for name, master in self.masters.items():
                 master.copy_(file.get_tensor(name))
+                self.averages[name].copy_(file.get_tensor(f"{name}/average"))
                 if f"{name}/step" in stored:                    # a parameter that has been stepped; its count stays on the CPU
                     moments = {key: file.get_tensor(f"{name}/{key}").to(master.device) for key in ("exp_avg", "exp_avg_sq")}
                     self.adam.state[master] = {"step": file.get_tensor(f"{name}/step"), **moments}

@@ -746,8 +746,8 @@ def heal_small(folder, checkpoint, interrupt_at=None, monkeypatch=None, **settin
     run = distill.Healing(**{"tokens": 32 * 4 * 10 + 64 * 4 * 2, "context": 32, "long_context": 64, "long_share": 2 / 7, "batch": 4, "rank": 4, "transfer_share": 0.3, "lr": 3e-3, **settings})
     if interrupt_at is not None:
         step, original = [0], distill.Optimizer.step
-        def stepping(self, rate):
-            original(self, rate)
+        def stepping(self, *arguments):
+            original(self, *arguments)
             step[0] += 1
             if step[0] == interrupt_at:
                 os.kill(os.getpid(), signal.SIGINT)
@@ -759,15 +759,34 @@ def heal_small(folder, checkpoint, interrupt_at=None, monkeypatch=None, **settin
     return student, distill.heal(base, student, data, data[:2], run, checkpoint, {"plan": "LLX"})
 
 
-def test_each_stage_of_healing_warms_up_stays_at_its_rate_and_falls_to_zero():
+def test_each_stage_of_healing_warms_up_and_stays_at_its_rate():
     settings = distill.Healing(tokens=1_000_000)
     ends = (0, settings.transfer_steps, settings.short_steps, settings.steps)
     for first, last, peak in zip(ends, ends[1:], (settings.tail_lr, settings.lr, settings.tail_lr)):
-        steps = last - first
         rates = [settings.learning_rate(step) / peak for step in range(first, last)]
-        warm_up, stays = max(1, min(50, steps // 20)), int(0.8 * steps)
-        assert rates[0] == pytest.approx(1 / warm_up) and set(rates[warm_up:stays]) == {1.0}
-        assert rates[-1] == pytest.approx(5 / steps) and sorted(rates[stays:], reverse=True) == rates[stays:]
+        warm_up = max(1, min(50, (last - first) // 20))
+        assert rates[0] == pytest.approx(1 / warm_up) and set(rates[warm_up:]) == {1.0}
+        assert all(settings.stage(step) == (first, last, peak) for step in range(first, last))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_average_of_the_weights_counts_late_steps_more(dtype):
+    """Step t counts as t (t + 1) ... (t + AVERAGE - 1), by the closed form of the recursion; what has no gradient stays."""
+    weight, still = (torch.nn.Parameter(torch.zeros(3, dtype=dtype)) for _ in range(2))
+    optimizer, seen = distill.Optimizer({"weight": weight, "still": still}), []
+    for t in range(1, 8):
+        weight.grad = torch.tensor([1.0, -1.0, t - 4.5]).to(dtype)
+        optimizer.step(0.1, t)
+        seen.append(optimizer.masters["weight"].detach().clone())
+    counts = torch.tensor([float(math.prod(range(t, t + distill.AVERAGE))) for t in range(1, 8)])
+    average = (counts[:, None] * torch.stack(seen)).sum(0) / counts.sum()
+    torch.testing.assert_close(optimizer.averages["weight"], average)
+    optimizer.exchange()
+    torch.testing.assert_close(weight.detach(), average.to(dtype))
+    optimizer.exchange()
+    assert torch.equal(weight.detach(), seen[-1].to(dtype)) and not still.any()
+    optimizer.end_stage()
+    torch.testing.assert_close(optimizer.masters["weight"].detach(), average)
 
 
 @pytest.mark.parametrize("full", [False, True])

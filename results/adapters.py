@@ -21,8 +21,8 @@ from model import convert, load_model, save_model
 
 def keep(checkpoint: str, path: str) -> None:
     with safe_open(checkpoint, framework="pt") as file:
-        names = [name for name in file.keys() if "/" not in name]           # the others are Adam's moments
-        tensors = {name: file.get_tensor(name) for name in names}
+        names = set(file.keys())                                             # Adam's moments and the weights' averages are NAME/...
+        tensors = {name: file.get_tensor(f"{name}/average" if f"{name}/average" in names else name) for name in names if "/" not in name}
         identity = file.metadata()["identity"]
     tensors = {name: x.bfloat16() if name.endswith((".A", ".B")) else x for name, x in tensors.items()}
     save_file(tensors, path, metadata={"identity": identity})
