@@ -12,6 +12,8 @@ low-rank adapters on every linear layer, so one copy of the weights serves both.
 3. the same loss on long sequences, training the tails alone: a tail's weight grows with the tokens in it, and what it should
    weigh after thousands cannot be learned from hundreds.
 
+A stage ends with the average of its weights (`Optimizer`): at a rate that stays they circle around what they have learned.
+
 A run of N tokens is a fixed list of steps: step i reads sequences that depend on the seed alone, so a run that goes on from
 a checkpoint ends with the same weights as one that was never stopped. Under torchrun every process holds the model, takes its
 share of a step's sequences, and the gradients are summed (data parallelism: the adapters are all that travels).
