@@ -34,7 +34,7 @@ out = Path(args.out)
 out.mkdir(parents=True, exist_ok=True)
 with safe_open(args.checkpoint, framework="pt") as file:
     metadata, names = file.metadata(), set(file.keys())
-    tensors = {name: file.get_tensor(f"{name}/average" if f"{name}/average" in names else name) for name in names}
+    tensors = {name: file.get_tensor(f"{name}/average" if f"{name}/average" in names else name).clone() for name in names}
 identity, step = json.loads(metadata["identity"]), int(metadata["step"])
 settings = Healing(**{field.name: identity[field.name] for field in fields(Healing)})
 settings.short_steps, settings.steps = step, step + args.tail_steps
