@@ -181,12 +181,12 @@ def healing_models(teacher, adapters: bool = True):
 
 
 def healing_arithmetic(shape: str) -> dict:
-    """Bytes that healing must hold at least: the weights once; adapters with gradient and two moments in float32; a bf16 input of
+    """Bytes that healing must hold at least: the weights once; adapters with gradient, average and two moments in float32; a bf16 input of
     each block; the logits of a slice of positions, student's and teacher's in bf16, and both as log-probabilities in float32."""
     hidden, intermediate, layers, H, G, D, vocabulary, tied = bench.SHAPES[shape]
     linears = [(hidden, H * D), (hidden, G * D), (hidden, G * D), (H * D, hidden)] + [(hidden, intermediate)] * 2 + [(intermediate, hidden)]
     weights = 2 * (layers * sum(a * b for a, b in linears) + (1 if tied else 2) * vocabulary * hidden)
-    adapters = 16 * layers * sum(16 * (a + b) for a, b in linears)
+    adapters = 20 * layers * sum(16 * (a + b) for a, b in linears)
     return {"weights": weights, "adapters": adapters, "block_inputs": 2 * 1024 * hidden * layers, "logits": kernels.ROWS * vocabulary * 12}
 
 
