@@ -12,7 +12,7 @@ low-rank adapters on every linear layer, so one copy of the weights serves both.
 3. the same loss on long sequences, training the tails alone: a tail's weight grows with the tokens in it, and what it should
    weigh after thousands cannot be learned from hundreds.
 
-A stage ends with the average of its weights (`Optimizer`): at a rate that stays they circle around what they have learned.
+A stage ends with the average of its weights (`Optimizer`), since they circle around what they have learned.
 
 A run of N tokens is a fixed list of steps: step i reads sequences that depend on the seed alone, so a run that goes on from
 a checkpoint ends with the same weights as one that was never stopped. Under torchrun every process holds the model, takes its
@@ -42,6 +42,7 @@ from model import InputError, Model, Tokenizer, from_hub, write_file
 C4 = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"         # the text to heal on when none is named
 TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json.gz")
 AVERAGE = 3                     # how late steps count in the average of a stage's weights
+STEADY = 600                    # steps of a stage at its full rate
 
 
 class Diverged(RuntimeError):
@@ -202,10 +203,11 @@ class Healing:
         return self.short_steps, self.steps, self.tail_lr
 
     def learning_rate(self, step: int) -> float:
-        """Each stage warms up over its first twentieth, 50 steps at most, and stays at its rate: what falls elsewhere to end the
-        noise of single steps is the average's work here (`Optimizer`)."""
+        """Each stage warms up over its first twentieth, 50 steps at most, stays at its rate up to step STEADY, and falls as
+        1 / sqrt(t) from there on. It does not depend on how long the stage is: the average (`Optimizer`) is its result at any step."""
         first, last, peak = self.stage(step)
-        return peak * min(1.0, (step - first + 1) / max(1, min(50, (last - first) // 20)))
+        t = step - first + 1
+        return peak * min(1.0, t / max(1, min(50, (last - first) // 20)), (STEADY / t) ** 0.5)
 
     def validates(self, step: int) -> bool:
         """Ten times in a run, before it, between the stages, and at its end."""
@@ -252,7 +254,7 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
     for parameter in trained.values():
         parameter.requires_grad_(True)
     optimizer = Optimizer(trained)
-    identity = json.loads(json.dumps({**identity, **asdict(settings), "average": AVERAGE}))
+    identity = json.loads(json.dumps({**identity, **asdict(settings), "average": AVERAGE, "steady": STEADY}))
     step, curve = optimizer.load(checkpoint, identity) if checkpoint.exists() else (0, {"train": [], "valid": []})
 
     rank, world = rank_and_world()
@@ -349,7 +351,7 @@ class Optimizer:
 
         average_t = (1 - c) average_{t-1} + c w_t      c = (AVERAGE + 1) / (AVERAGE + t)
 
-    At a rate that stays, w_t soon only circles around a point that moves on slowly; the average is that point (results/healing.md).
+    w_t soon only circles around a point that moves on slowly; the average is that point (results/healing.md).
     """
 
     def __init__(self, trained: dict[str, nn.Parameter]):

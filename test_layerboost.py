@@ -759,14 +759,16 @@ def heal_small(folder, checkpoint, interrupt_at=None, monkeypatch=None, **settin
     return student, distill.heal(base, student, data, data[:2], run, checkpoint, {"plan": "LLX"})
 
 
-def test_each_stage_of_healing_warms_up_and_stays_at_its_rate():
+def test_each_stage_of_healing_warms_up_stays_at_its_rate_and_falls_late():
     settings = distill.Healing(tokens=1_000_000)
     ends = (0, settings.transfer_steps, settings.short_steps, settings.steps)
     for first, last, peak in zip(ends, ends[1:], (settings.tail_lr, settings.lr, settings.tail_lr)):
         rates = [settings.learning_rate(step) / peak for step in range(first, last)]
         warm_up = max(1, min(50, (last - first) // 20))
-        assert rates[0] == pytest.approx(1 / warm_up) and set(rates[warm_up:]) == {1.0}
+        assert rates[0] == pytest.approx(1 / warm_up) and set(rates[warm_up:distill.STEADY]) == {1.0}
+        assert all(rate**2 * t == pytest.approx(distill.STEADY) for t, rate in list(enumerate(rates, 1))[distill.STEADY:])
         assert all(settings.stage(step) == (first, last, peak) for step in range(first, last))
+    assert settings.short_steps > 2 * distill.STEADY            # so the fall is seen
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
