@@ -18,5 +18,5 @@ for report in (json.load(open(path)) for path in reports):
                 label=f"{plan.count('S')} S, {plan.count('L')} L, {plan.count('X')} X, {tokens[-1]:,} tokens: KL {report['healed']['kl']:.3f}, agreement {report['healed']['agreement']:.1%}")
 pyplot.xscale("log"), pyplot.ylim(0), pyplot.grid(alpha=0.3)
 pyplot.xlabel("tokens seen (at the left edge: none)"), pyplot.ylabel("validation KL to the original, nats a token")
-pyplot.legend(fontsize="small", title="whole runs, the rate lowered to zero at their ends; report's figures", title_fontsize="small")
+pyplot.legend(fontsize="small", title="whole runs; the figures are those of their reports", title_fontsize="small")
 pyplot.savefig(out, bbox_inches="tight", metadata={"Date": None})
