@@ -1,7 +1,7 @@
 // How many operations a second the registers of both cores do, memory left out: what no program here can pass. A multiplication and an
 // addition are two operations.
 //
-//     g++ -O3 -march=native -pthread results/registers.cpp -o /tmp/registers && /tmp/registers
+//     g++ -O3 -march=native -pthread results/registers.cpp -o registers && ./registers
 //
 // All sums must stay in registers (look for vmovaps between them with objdump -d): where the compiler spills them to the stack, this
 // measures its stores, half of the rate.
