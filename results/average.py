@@ -2,9 +2,8 @@
 
     python results/average.py MODEL DATA VALID [--tokens 48k,150k,300k] [SETTINGS ...]
 
-SETTINGS is what a run changes, "lr=2e-3,rank=64" say, or "" for the recipe as it is: lr, rank, beta1, beta2, b_rate (the rate of B over
-that of A: LoRA+, arXiv 2402.12354), decay (the rate falls as t^-decay after the first 100 steps), batch (sequences a step), full (all
-weights of the blocks instead of adapters), aligned (so many rounds of the power method turn A to what the gradient reads). Stage 2 alone, sequences of 512 tokens, the same in every run. Step t counts as t^p in an
+SETTINGS is what a run changes, "lr=2e-3,rank=64" say, or "" for the recipe as it is: lr, rank, b_rate (the rate of B over that of A:
+LoRA+, arXiv 2402.12354), decay (the rate falls as t^-decay after the first 100 steps), aligned (so many rounds of the power method turn A to what the gradient reads). Stage 2 alone, sequences of 512 tokens, the same in every run. Step t counts as t^p in an
 average, one for each p of POWERS. At each number of tokens a line: validation KL, 16 sequences of 1,024 tokens, of the weights and of
 each average. What the teacher gives is kept, so a run takes two thirds of its time in the product.
 """
@@ -27,8 +26,7 @@ from layerboost import token_count
 from model import convert, load_model, load_tokenizer
 
 POWERS = (1, 3, 8)
-RECIPE = {"plan": TIER, "lr": 1e-3, "rank": 16, "beta1": 0.9, "beta2": 0.99, "b_rate": 1.0, "decay": 0.0, "batch": 1, "full": 0,
-          "aligned": 0}
+RECIPE = {"lr": 1e-3, "rank": 16, "b_rate": 1.0, "decay": 0.0, "aligned": 0}
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 for name in ("model", "data", "valid"):
@@ -40,7 +38,7 @@ marks = {token_count(text) // 512 for text in args.tokens.split(",")}
 
 bench.set_up(eager=False)
 base, tokenizer = load_model(args.model, dtype=torch.bfloat16), load_tokenizer(args.model)
-base.compiled_shapes |= {(1, 512), (2, 512), (4, 512)}
+base.compiled_shapes.add((1, 512))
 valid = pack(read_documents(args.valid), tokenizer, base.config.eos_token_ids, 1024, 16 * 1024)
 train = pack(read_documents(args.data), tokenizer, base.config.eos_token_ids, 512, 2_000_000)
 train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))][:max(marks)]
@@ -50,16 +48,10 @@ with torch.no_grad():
 
 
 def run(o: dict) -> None:
-    student = convert(base, o["plan"])
+    student = convert(base, TIER)
     tails = tail_names(student)
-    if o["full"]:
-        for name, p in list(student.named_parameters()):
-            parent, _, leaf = name.rpartition(".")
-            setattr(student.get_submodule(parent), leaf, nn.Parameter(p.detach().clone()))
-    else:
-        add_adapters(student, rank=o["rank"], seed=0)
-    learns = lambda name: name in tails or name.endswith((".A", ".B")) or o["full"] and "embed" not in name and not name.endswith("_map")
-    trained = {name: p for name, p in student.named_parameters() if learns(name)}
+    add_adapters(student, rank=o["rank"], seed=0)
+    trained = {name: p for name, p in student.named_parameters() if name in tails or name.endswith((".A", ".B"))}
     student.requires_grad_(False)
     for p in trained.values():
         p.requires_grad_(True)
@@ -67,7 +59,7 @@ def run(o: dict) -> None:
         align(student, [(train[i][None], teacher[i][None]) for i in range(8)])
     optimizer = Optimizer(trained)
     optimizer.adam = torch.optim.AdamW([{"params": [m for name, m in optimizer.masters.items() if name.endswith(".B") == b]} for b in (False, True)],
-                                       lr=0.0, betas=(o["beta1"], o["beta2"]), weight_decay=0.0, fused=True)
+                                       lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     weights = optimizer.masters
     averages = {power: {name: p.detach().clone() for name, p in weights.items()} for power in POWERS}
     seconds = []
@@ -84,9 +76,9 @@ def run(o: dict) -> None:
         optimizer.publish()
         return round(kl, 4)
 
-    for t in range(1, max(marks) // o["batch"] + 1):
+    for t in range(1, max(marks) + 1):
         begun = time.monotonic()
-        rows = slice((t - 1) * o["batch"], t * o["batch"])
+        rows = slice(t - 1, t)
         sliced_kl(student.hidden(train[rows]).flatten(0, 1), teacher[rows].flatten(0, 1), student.head, base.head).backward()
         rate = o["lr"] * min(1, t / 50) * max(1, t / 100) ** -o["decay"]
         step_with(optimizer, rate, rate * o["b_rate"])
@@ -94,8 +86,8 @@ def run(o: dict) -> None:
             for power, average in averages.items():
                 torch._foreach_lerp_(list(average.values()), list(weights.values()), (power + 1) / (power + t))
         seconds.append(time.monotonic() - begun)
-        if t * o["batch"] in marks:
-            print(json.dumps({key: x for key, x in o.items() if x != RECIPE[key]} | {"tokens": t * o["batch"] * 512, "weights": kl_of(weights)}
+        if t in marks:
+            print(json.dumps({key: x for key, x in o.items() if x != RECIPE[key]} | {"tokens": t * 512, "weights": kl_of(weights)}
                              | {f"t^{p}": kl_of(a) for p, a in averages.items()} | {"step_s": round(sorted(seconds)[len(seconds) // 2], 3)}), flush=True)
 
 
