@@ -15,7 +15,8 @@ low-rank adapters on every linear layer, so one copy of the weights serves both.
 A stage ends with the average of its weights (`Optimizer`), since they circle around what they have learned.
 
 A run of N tokens is a fixed list of steps: step i reads sequences that depend on the seed alone, so a run that goes on from
-a checkpoint ends with the same weights as one that was never stopped. Under torchrun every process holds the model, takes its
+a checkpoint ends with the same weights as one that was never stopped. Its first two stages begin the longer runs too: one
+that has ended can go on to a larger N, and one that takes too long can end at a smaller. Under torchrun every process holds the model, takes its
 share of a step's sequences, and the gradients are summed (data parallelism: the adapters are all that travels).
 """
 
@@ -24,7 +25,7 @@ import json
 import math
 import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ from model import InputError, Model, Tokenizer, from_hub, write_file
 C4 = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"         # the text to heal on when none is named
 TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json.gz")
 AVERAGE = 3                     # how late steps count in the average of a stage's weights
-STEADY = 600                    # steps of a stage at its full rate
+STEADY = 600                    # steps of a stage up to which its rate stays
 
 
 class Diverged(RuntimeError):
@@ -166,9 +167,10 @@ def gather(item) -> list:
 
 @dataclass
 class Healing:
-    """The settings of a run. A checkpoint goes on only under the same ones."""
+    """The settings of a run. A checkpoint goes on only under the same ones, but for `tokens`."""
     tokens: int = 10_000_000            # all that the three stages train on
-    transfer_share: float = 0.01        # of the tokens of stages 1 and 2, for attention transfer
+    transfer_steps: int = 10            # of attention transfer
+    warm_up: int = 20                   # steps in which the rate of stage 2 rises
     long_share: float = 0.1             # of all tokens, for stage 3
     rank: int = 16                      # of the adapters; ignored by `full`
     full: bool = False                  # train every weight instead
@@ -187,7 +189,7 @@ class Healing:
         self.short_steps = (self.tokens - long_steps * self.batch * self.long_context) // (self.batch * self.context)
         if self.short_steps < 1:
             raise InputError(f"--tokens {self.tokens}: a step takes {self.batch * self.context:,}; give at least as many")
-        self.transfer_steps = round(self.transfer_share * self.short_steps)
+        self.transfer_steps, self.warm_up = (min(n, self.short_steps // 3) for n in (self.transfer_steps, self.warm_up))
         self.steps = self.short_steps + long_steps
         self.trained_tokens = self.tokens_after(self.steps)                 # the budget in whole steps
 
@@ -203,11 +205,11 @@ class Healing:
         return self.short_steps, self.steps, self.tail_lr
 
     def learning_rate(self, step: int) -> float:
-        """Each stage warms up over its first twentieth, 50 steps at most, stays at its rate up to step STEADY, and falls as
-        1 / sqrt(t) from there on. It does not depend on how long the stage is: the average (`Optimizer`) is its result at any step."""
+        """Each stage warms up, stays at its rate up to its step STEADY, and falls as 1 / sqrt(t) from there on. In stage 2 that does
+        not depend on how long the stage is: the average (`Optimizer`) is its result at any step."""
         first, last, peak = self.stage(step)
-        t = step - first + 1
-        return peak * min(1.0, t / max(1, min(50, (last - first) // 20)), (STEADY / t) ** 0.5)
+        t, warm_up = step - first + 1, self.warm_up if first == self.transfer_steps else (last - first) // 20
+        return peak * min(1.0, t / max(1, warm_up), (STEADY / t) ** 0.5)
 
     def validates(self, step: int) -> bool:
         """Ten times in a run, before it, between the stages, and at its end."""
@@ -238,8 +240,9 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
 
     teacher: the original; student: `convert(teacher, plan)`; train, valid [N, context] ids. The run is saved to
     `checkpoint` every `checkpoint_every` seconds, at Ctrl-C (then KeyboardInterrupt is raised) and at its end, and goes on
-    from there; `identity` says what else must be the same for that (the model, the plan, the data).
-    Raises Diverged when the loss is not finite, InputError when the checkpoint was made with other settings.
+    from there; `identity` says what else must be the same for that (the model, the plan, the data). What stage 2 ends with is kept
+    beside it, for a run of more tokens to go on from.
+    Raises Diverged when the loss is not finite, InputError when the checkpoint was made with other settings or is past `tokens`.
     """
     tails = tail_names(student)
     if settings.full:
@@ -255,7 +258,9 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
         parameter.requires_grad_(True)
     optimizer = Optimizer(trained)
     identity = json.loads(json.dumps({**identity, **asdict(settings), "average": AVERAGE, "steady": STEADY}))
-    step, curve = optimizer.load(checkpoint, identity) if checkpoint.exists() else (0, {"train": [], "valid": []})
+    distilled = checkpoint.with_name(f"{checkpoint.stem}-distilled.safetensors")
+    saved_state = find_checkpoint([checkpoint, distilled], settings, identity)
+    step, curve = optimizer.load(saved_state) if saved_state else (0, {"train": [], "valid": []})
 
     rank, world = rank_and_world()
     targets = [(ids, teacher.hidden(ids)) for ids in valid.to(teacher.device)[rank::world].split(4)]
@@ -263,7 +268,7 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
     tokens = settings.tokens_after
     with stop, tqdm(total=tokens(settings.steps), initial=tokens(step), desc="healing", unit="tok", unit_scale=True) as bar:
         while True:
-            if settings.validates(step) and len(curve["valid"]) < sum(map(settings.validates, range(step + 1))):
+            if settings.validates(step) and not (curve["valid"] and curve["valid"][-1][0] == tokens(step)):
                 optimizer.exchange()
                 curve["valid"].append([tokens(step), validation_kl(student, teacher.head, targets)])
                 optimizer.exchange()
@@ -274,10 +279,14 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
             if rank == 0 and (step == settings.steps or asked or time.monotonic() - saved > checkpoint_every):
                 optimizer.save(checkpoint, step, curve, identity)
                 saved = time.monotonic()
+            if rank == 0 and step == settings.short_steps < settings.steps:
+                optimizer.save(distilled, step, curve, identity)
+            if asked and step < settings.steps:
+                raise KeyboardInterrupt
+            if step in (settings.transfer_steps, settings.short_steps, settings.steps):
+                optimizer.end_stage()
             if step == settings.steps:
                 break
-            if asked:
-                raise KeyboardInterrupt
             transfer = step < settings.transfer_steps
             tails_alone = transfer or step >= settings.short_steps
             for name, parameter in trained.items():
@@ -290,11 +299,8 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
             loss = float(loss)
             if not math.isfinite(loss):
                 raise Diverged(f"the loss is {loss} at step {step} ({tokens(step):,} tokens): try a lower --lr")
-            first, last, _ = settings.stage(step)
-            optimizer.step(settings.learning_rate(step), step - first + 1)
+            optimizer.step(settings.learning_rate(step), step - settings.stage(step)[0] + 1)
             step += 1
-            if step == last:
-                optimizer.end_stage()
             curve["train"].append(round(loss, 5))
             bar.set_postfix_str(f"{'transfer error' if transfer else 'KL'} {loss:.4f}")
             bar.update(tokens(step) - bar.n)
@@ -302,6 +308,26 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
         merge_adapters(student)
     student.requires_grad_(False)
     return curve
+
+
+def find_checkpoint(paths: list[Path], settings: Healing, identity: dict) -> Path | None:
+    """The first of these files that a run can go on from, None where there is none yet: it was made with the same tokens, or has not
+    gone beyond the second stage, neither its own nor that of `settings`."""
+    done = 0
+    for path in filter(Path.exists, paths):
+        with safe_open(path, framework="pt") as file:
+            made_with, step = json.loads(file.metadata()["identity"]), int(file.metadata()["step"])
+        for key in identity:
+            if key != "tokens" and made_with.get(key) != identity[key]:
+                raise InputError(f"{path}: was made with {key} = {made_with.get(key)}, not {identity[key]}; repeat that "
+                                 "command to go on, or give another --out, or delete the file")
+        made = replace(settings, tokens=made_with["tokens"])
+        if made.tokens == settings.tokens or step <= min(made.short_steps, settings.short_steps):
+            return path
+        done = max(done, made.tokens_after(step))
+    if done:
+        raise InputError(f"--tokens {settings.tokens}: the run in {paths[0].parent} is at {done:,} tokens; give more, or another --out")
+    return None
 
 
 def attention_transfer(teacher: Model, student: Model, ids: Tensor, weight: float = 1.0) -> Tensor:
@@ -409,14 +435,9 @@ class Optimizer:
         write_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     @torch.no_grad()
-    def load(self, path: Path, identity: dict) -> tuple[int, dict]:
+    def load(self, path: Path) -> tuple[int, dict]:
         with safe_open(path, framework="pt") as file:
             metadata, stored = file.metadata(), set(file.keys())
-            made_with = json.loads(metadata["identity"])
-            for key in identity:
-                if made_with.get(key) != identity[key]:
-                    raise InputError(f"{path}: was made with {key} = {made_with.get(key)}, not {identity[key]}; repeat that "
-                                     "command to go on, or give another --out, or delete the file")
             for name, master in self.masters.items():
                 master.copy_(file.get_tensor(name))
                 self.averages[name].copy_(file.get_tensor(f"{name}/average"))

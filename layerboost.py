@@ -44,6 +44,7 @@ SCAN_CONTEXT, SCAN_SEQUENCES = 2048, 4              # calibration text of the kl
 SCAN_RECALL = {512: 4, 1024: 2, 2048: 1}            # prompts by context length of the recall measure
 SCAN_TASK_ITEMS = 100                               # of the first task file, for the task measure
 MEASURES = ("kl", "recall", "task")
+TEXT_TOKENS = 10_000_000                            # are read to heal on, whatever the budget: a run can go on to a larger one
 VALID_SEQUENCES = 32                                # of CONTEXT tokens, for the report; healing watches the first 8
 
 COMPILE_FROM = 400                                  # seconds of expected work: compiling takes one to two minutes
@@ -373,7 +374,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
           f"tokens {cache_bytes(student, 8192) / 2**20:.1f} MiB, was {cache_bytes(model, 8192) / 2**20:.1f} MiB")
 
     if not tail_names(student):                             # nothing to train alone
-        settings = replace(settings, transfer_share=0.0, long_share=0.0)
+        settings = replace(settings, transfer_steps=0, long_share=0.0)
     print(f"\nHeal: {settings.trained_tokens:,} tokens, {settings.transfer_steps} steps of attention transfer, then "
           f"{settings.short_steps - settings.transfer_steps} of KL distillation, {settings.steps - settings.short_steps} on long sequences.")
     converted = convert(model, plan, **tiers)               # keeps untrained tails of its own; the student's are trained
@@ -441,8 +442,7 @@ def read_text(args, tokenizer: Tokenizer, model: Model, settings: Healing) -> tu
             held_out.append(documents.pop())
             size += len(held_out[-1])
         valid = pack(held_out, tokenizer, eos, longest, needed)
-    enough = max(settings.trained_tokens, settings.long_context, SCAN_SEQUENCES * SCAN_CONTEXT)     # for healing, for the scan
-    train = pack(documents, tokenizer, eos, context, enough)
+    train = pack(documents, tokenizer, eos, context, max(settings.trained_tokens, TEXT_TOKENS))
     for flag, source, sequences, least in (("--data", args.data, train, settings.long_context), ("--valid", args.valid or args.data, valid, longest)):
         if sequences.numel() < least:
             raise InputError(f"{flag} {source}: too little text; {least} tokens are needed at least"

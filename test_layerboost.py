@@ -743,7 +743,7 @@ def heal_small(folder, checkpoint, interrupt_at=None, monkeypatch=None, **settin
     base = load_model(str(folder))
     student = convert(base, "LLX", **TIERS)
     data = torch.randint(0, 700, (12, 32), generator=torch.Generator().manual_seed(0))
-    run = distill.Healing(**{"tokens": 32 * 4 * 10 + 64 * 4 * 2, "context": 32, "long_context": 64, "long_share": 2 / 7, "batch": 4, "rank": 4, "transfer_share": 0.3, "lr": 3e-3, **settings})
+    run = distill.Healing(**{"tokens": 32 * 4 * 10 + 64 * 4 * 2, "context": 32, "long_context": 64, "long_share": 2 / 7, "batch": 4, "rank": 4, "transfer_steps": 3, "warm_up": 1, "lr": 3e-3, **settings})
     if interrupt_at is not None:
         step, original = [0], distill.Optimizer.step
         def stepping(self, *arguments):
@@ -764,7 +764,7 @@ def test_each_stage_of_healing_warms_up_stays_at_its_rate_and_falls_late():
     ends = (0, settings.transfer_steps, settings.short_steps, settings.steps)
     for first, last, peak in zip(ends, ends[1:], (settings.tail_lr, settings.lr, settings.tail_lr)):
         rates = [settings.learning_rate(step) / peak for step in range(first, last)]
-        warm_up = max(1, min(50, (last - first) // 20))
+        warm_up = settings.warm_up if peak == settings.lr else max(1, (last - first) // 20)
         assert rates[0] == pytest.approx(1 / warm_up) and set(rates[warm_up:distill.STEADY]) == {1.0}
         assert all(rate**2 * t == pytest.approx(distill.STEADY) for t, rate in list(enumerate(rates, 1))[distill.STEADY:])
         assert all(settings.stage(step) == (first, last, peak) for step in range(first, last))
@@ -808,6 +808,25 @@ def test_healing_helps_and_resumes_exactly(llama, tmp_path, monkeypatch, full):
     assert torch.equal(again.norm.weight, resumed.norm.weight)
     with pytest.raises(InputError, match=f"was made with lr = {lr}, not 0.1"):
         heal_small(llama, tmp_path / "cut.safetensors", lr=0.1, full=full)
+
+
+def test_a_run_goes_on_to_more_tokens_and_ends_at_fewer(llama, tmp_path, monkeypatch):
+    """Made longer after its end, or cut short, it is the run that had the other budget from the start, bit for bit."""
+    short, long = {"tokens": 32 * 4 * 10 + 64 * 4 * 2}, {"tokens": 32 * 4 * 15 + 64 * 4 * 3, "long_share": 2 / 7}
+    expected = {tokens["tokens"]: heal_small(llama, tmp_path / f"{i}.safetensors", **tokens) for i, tokens in enumerate((short, long))}
+    grown, cut = (tmp_path / name / "healing.safetensors" for name in ("grown", "cut"))
+    for folder in (grown.parent, cut.parent):
+        folder.mkdir()
+    heal_small(llama, grown, **short)
+    heal_small(llama, cut, 7, monkeypatch, **long)
+    for settings, checkpoint in ((long, grown), (short, cut)):
+        student, curve = heal_small(llama, checkpoint, **settings)
+        same, same_curve = expected[settings["tokens"]]
+        assert curve["train"] == same_curve["train"] and curve["valid"][-1] == same_curve["valid"][-1]
+        for (name, a), b in zip(student.named_parameters(), same.parameters()):
+            assert torch.equal(a, b), name
+    with pytest.raises(InputError, match="--tokens 1792: the run in .*grown is at 2,688 tokens; give more"):
+        heal_small(llama, grown, **short)
 
 
 def test_the_last_stage_trains_the_tails_alone(llama, tmp_path):
