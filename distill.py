@@ -16,8 +16,9 @@ A stage ends with the average of its weights (`Optimizer`), since they circle ar
 
 A run of N tokens is a fixed list of steps: step i reads sequences that depend on the seed alone, so a run that goes on from
 a checkpoint ends with the same weights as one that was never stopped. Its first two stages begin the longer runs too: one
-that has ended can go on to a larger N, and one that takes too long can end at a smaller. Under torchrun every process holds the model, takes its
-share of a step's sequences, and the gradients are summed (data parallelism: the adapters are all that travels).
+that has ended can go on to a larger N, and one that takes too long can end at a smaller (N of 60 short steps or more, since
+less would be all warm-up). Under torchrun every process holds the model, takes its share of a step's sequences, and the
+gradients are summed (data parallelism: the adapters are all that travels).
 """
 
 import gzip
