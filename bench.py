@@ -45,7 +45,7 @@ from tqdm import tqdm
 import kernels
 from distill import C4, pack, read_documents
 from kernels import ROWS, by_rows, feature_size, logit_kl
-from model import (Config, Engine, InputError, Model, Request, Tokenizer, convert, load_model, load_tokenizer,
+from model import (Engine, InputError, Model, Request, Tokenizer, convert, load_model, load_tokenizer,
                    parse_plan, prefill, read_config, rotary_frequencies)
 
 RECALL_LENGTHS = (256, 512, 1024, 2048)
@@ -77,7 +77,7 @@ def pick_device(name: str | None) -> str:
 def pick_dtype(device: str) -> str:
     """bfloat16 on a GPU that has it, and on a CPU where a product of matrices is faster in it."""
     if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     times = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
@@ -205,9 +205,9 @@ def passkey_recall(model: Model, tokenizer: Tokenizer, text: Tensor, lengths=REC
 # --- tasks -------------------------------------------------------------------------------------------------------
 
 def read_task(path: str, limit: int | None = None) -> list[dict]:
-    """The items of a task file, the first `limit` of them. Raises InputError for a line in none of the three formats."""
-    formats = ({"query", "choices", "gold"}, {"context_options", "continuation", "gold"}, {"context", "continuation"})
-    items = []
+    """The items of a task file, the first `limit` of them. Raises InputError for a line that is in none of the three formats, or not
+    in that of the first line."""
+    formats, items = ({"query", "choices", "gold"}, {"context_options", "continuation", "gold"}, {"context", "continuation"}), []
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -216,14 +216,24 @@ def read_task(path: str, limit: int | None = None) -> list[dict]:
         try:
             item = json.loads(line)
         except json.JSONDecodeError:
-            item = {}
-        if not any(keys <= set(item) for keys in formats):
+            item = None
+        fits = [keys for keys in formats if isinstance(item, dict) and keys <= set(item)][:1]
+        if not fits or not all(item[key] and all(item[key]) for key in fits[0] - {"gold"}):
             raise InputError(f"--tasks {path}: line {number}: give query, choices, gold; or context_options, continuation, "
-                             "gold; or context, continuation")
+                             "gold; or context, continuation; none of them empty")
+        formats = fits                                                          # the only one from here on
         items.append(item)
     if not items:
         raise InputError(f"--tasks {path}: is empty")
     return items
+
+
+def read_tasks(paths: list[str], limit: int | None) -> dict[str, list[dict]]:
+    """{name: items} of task files. Raises InputError for two of one name and where `read_task` does."""
+    tasks = {Path(path).stem: read_task(path, limit) for path in paths}
+    if len(tasks) < len(paths):
+        raise InputError(f"--tasks {' '.join(paths)}: give files of different names; the report has them by their names")
+    return tasks
 
 
 def task_prompts(item: dict, tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
@@ -258,20 +268,15 @@ def task_accuracy(items: list[dict], scored: list[list[Scored]]) -> dict:
     return figures
 
 
-def task_quality(model: Model, tokenizer: Tokenizer, path: str, limit: int | None = None) -> dict:
-    items = read_task(path, limit)
+def task_quality(model: Model, tokenizer: Tokenizer, name: str, items: list[dict]) -> dict:
     prompts = [task_prompts(item, tokenizer) for item in items]
-    scored = iter(score_answers(model, [prompt for item in prompts for prompt in item], Path(path).stem))
+    scored = iter(score_answers(model, [prompt for item in prompts for prompt in item], name))
     return task_accuracy(items, [[next(scored) for _ in item] for item in prompts])
 
 
 def mean(values) -> float:
     values = list(values)
     return sum(values) / len(values)
-
-
-def median(values) -> float:
-    return quantile(values, 0.5)
 
 
 def quantile(values, share: float) -> float:
@@ -288,7 +293,10 @@ def cache_bytes(model: Model, tokens: int) -> int:
 @torch.inference_mode()
 def decode_times(engines: dict[str, Engine], context: int, steps: int = 12) -> dict[str, list[float]]:
     """{name: seconds of each step, sorted}, all slots live and holding about `context` tokens. The engines take turns, so that
-    all meet the same machine. What the caches hold does not change the cost: zeros here."""
+    all meet the same machine. What the caches hold does not change the cost: zeros here. Raises InputError for a context shorter than
+    the steps."""
+    if context < steps + 3:
+        raise InputError(f"--lengths, --prompt: {context} tokens are too few for {steps} steps; give {steps + 3} or more")
     times: dict[str, list[float]] = {name: [] for name in engines}
     for engine in engines.values():
         engine.live = [Request(torch.zeros(context), 1)] * engine.slots
@@ -306,8 +314,8 @@ def decode_times(engines: dict[str, Engine], context: int, steps: int = 12) -> d
 
 # --- side by side ------------------------------------------------------------------------------------------------
 
-def evaluate(models: dict[str, Model], base: Model, tokenizer: Tokenizer, valid: Tensor, tasks: list[str],
-             limit: int | None = None, passkeys: int = 20) -> dict[str, dict]:
+def evaluate(models: dict[str, Model], base: Model, tokenizer: Tokenizer, valid: Tensor, tasks: dict[str, list[dict]],
+             passkeys: int = 20) -> dict[str, dict]:
     """The figures of every model under its name: plan, perplexity, bits_per_byte, kl, agreement, recall, recall_by_depth,
     tasks, cache_bytes and decode_tokens_per_second. valid [N, T] ids is the text, and what the passkeys are hidden in, about
     `passkeys` of them at each length."""
@@ -317,10 +325,10 @@ def evaluate(models: dict[str, Model], base: Model, tokenizer: Tokenizer, valid:
         report[name] |= figures
     for name, model in models.items():
         report[name]["cache_bytes"] = {str(tokens): cache_bytes(model, tokens) for tokens in (1024, 8192)}
-        report[name]["decode_tokens_per_second"] = 32 / median(times[name])
+        report[name]["decode_tokens_per_second"] = 32 / quantile(times[name], 0.5)
         reach = [length for length in RECALL_LENGTHS if length <= model.config.max_position_embeddings]
         report[name] |= passkey_recall(model, tokenizer, valid, reach, max(1, passkeys // len(RECALL_DEPTHS)))
-        report[name]["tasks"] = {Path(path).stem: task_quality(model, tokenizer, path, limit) for path in tasks}
+        report[name]["tasks"] = {task: task_quality(model, tokenizer, task, items) for task, items in tasks.items()}
     return report
 
 
@@ -356,6 +364,7 @@ def format_table(rows: list[list[str]]) -> str:
 
 def quality(args) -> dict:
     """The `quality` command: {base, model: figures}, printed as a table."""
+    tasks = read_tasks(args.tasks, args.limit)
     device = pick_device(args.device)
     dtype = getattr(torch, args.dtype or pick_dtype(device))
     load = lambda name: load_model(name, dtype=dtype, device=device)
@@ -364,11 +373,12 @@ def quality(args) -> dict:
     if base.config.vocab_size != model.config.vocab_size:
         raise InputError(f"--base {args.base}: has a vocabulary of {base.config.vocab_size}, --model {args.model} one of "
                          f"{model.config.vocab_size}; compare a model with its own original")
-    valid = pack(read_documents(args.valid, "--valid"), tokenizer, model.config.eos_token_ids, 1024, args.sequences * 1024)
+    context = min(1024, model.config.max_position_embeddings)
+    valid = pack(read_documents(args.valid, "--valid"), tokenizer, model.config.eos_token_ids, context, args.sequences * context)
     if not len(valid):
-        raise InputError(f"--valid {args.valid}: too little text; 1024 tokens are needed at least")
+        raise InputError(f"--valid {args.valid}: too little text; {context} tokens are needed at least")
     models = {"base": base, "model": model} if args.base else {"model": model}
-    report = evaluate(models, base, tokenizer, valid, args.tasks, args.limit, args.passkeys)
+    report = evaluate(models, base, tokenizer, valid, tasks, args.passkeys)
     print(format_table(table(report)))
     return report
 
@@ -396,34 +406,35 @@ def measure_hardware(device: str, dtype: torch.dtype) -> Hardware:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
         return min(seconds)
-    source, a = torch.ones(2**28, dtype=torch.uint8, device=device), torch.ones(2048, 2048, dtype=dtype, device=device)
+    size = 8192 if device.startswith("cuda") else 2048                          # many times what it takes to start a product
+    source, a = torch.ones(2**28, dtype=torch.uint8, device=device), torch.ones(size, size, dtype=dtype, device=device)
     target = torch.empty_like(source)
     memory = torch.cuda.mem_get_info()[1] if device.startswith("cuda") else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Hardware(2 * source.numel() / best(lambda: target.copy_(source)), 2 * 2048**3 / best(lambda: a @ a), memory)
+    return Hardware(2 * source.numel() / best(lambda: target.copy_(source)), 2 * size**3 / best(lambda: a @ a), memory)
 
 
-def step_costs(config: Config, batch: int, context: int) -> dict[str, tuple[float, float]]:
-    """{part: (bytes, operations)} of one decoding step in bf16 for `batch` sequences that hold `context` tokens each.
+def step_costs(model: Model, batch: int, context: int) -> dict[str, tuple[float, float]]:
+    """{part: (bytes, operations)} of one decoding step for `batch` sequences that hold `context` tokens each.
 
     Weights and head are read once for all. A softmax layer reads 2 G D numbers for every token of every sequence; an L layer
     those of its window and sinks, and it reads and writes S and z, G F (D + 1) float32 numbers.
     """
-    c, S, L = config, config.plan.count("S"), config.plan.count("L")
+    c, size, S, L = model.config, model.norm.weight.element_size(), model.plan.count("S"), model.plan.count("L")
     H, G, D, features = c.num_attention_heads, c.num_key_value_heads, c.head_dim, feature_size(c.feature_map, c.head_dim)
     attention, mlp, head = 2 * (H + G) * D * c.hidden_size, 3 * c.hidden_size * c.intermediate_size, c.vocab_size * c.hidden_size
     weights = (S + L) * attention + len(c.plan) * mlp
     local, state = min(context, c.window + c.sinks), features * (D + 1)
     maps = L * (H + G) * D * D if features else 0
-    return {"weights": (2 * weights + 4 * maps, 2 * (weights + maps) * batch),
-            "softmax cache": (S * batch * context * 4 * G * D, S * batch * context * 4 * H * D),
-            "window": (L * batch * local * 4 * G * D, L * batch * local * 4 * H * D),
+    return {"weights": (size * weights + 4 * maps, 2 * (weights + maps) * batch),
+            "softmax cache": (S * batch * context * 2 * size * G * D, S * batch * context * 4 * H * D),
+            "window": (L * batch * local * 2 * size * G * D, L * batch * local * 4 * H * D),
             "state": (L * batch * 8 * G * state, L * batch * 2 * (G + H) * state),
-            "head": (2 * head, 2 * head * batch)}
+            "head": (size * head, 2 * head * batch)}
 
 
-def prefill_operations(config: Config, tokens: int) -> float:
+def prefill_operations(model: Model, tokens: int) -> float:
     """For a prompt of `tokens`: the operations of a step for each token at half the context, its head for the last one only."""
-    costs = step_costs(config, 1, tokens // 2)
+    costs = step_costs(model, 1, tokens // 2)
     return tokens * sum(operations for part, (_, operations) in costs.items() if part != "head") + costs["head"][1]
 
 
@@ -440,7 +451,7 @@ def fitting_slots(model: Model, tokens: int, memory: float) -> int:
     """How many sequences of this many tokens fit beside the weights. Raises InputError where none does."""
     slots = int((memory - weight_bytes(model)) // cache_bytes(model, tokens))
     if slots < 1:
-        raise InputError(f"--memory: {memory / 2**30:.1f} GiB hold the weights ({weight_bytes(model) / 2**30:.1f} GiB) and no "
+        raise InputError(f"--memory, --hardware: {memory / 2**30:.1f} GiB hold the weights ({weight_bytes(model) / 2**30:.1f} GiB) and no "
                          f"sequence of {tokens} tokens; give more")
     return slots
 
@@ -473,10 +484,13 @@ def load_pair(args) -> tuple[dict[str, Model], Hardware]:
         raise InputError("--model, --shape: give one of the two")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         raise InputError("--plot: needs matplotlib; pip install matplotlib, or leave --plot out")
+    if args.plot and (Path(args.plot).suffix not in (".svg", ".png", ".pdf") or not Path(args.plot).parent.is_dir()):
+        raise InputError(f"--plot {args.plot}: give a .svg, .png or .pdf file in a folder that exists")
     device = pick_device(args.device)
-    dtype = getattr(torch, args.dtype or pick_dtype(device))
+    dtype = getattr(torch, args.dtype or ("bfloat16" if args.command == "roofline" else pick_dtype(device)))
     torch.manual_seed(0)
-    dense = build_shape(args.shape, dtype, device) if args.shape else load_model(args.model, dtype=dtype, device=device)
+    place = "meta" if args.command == "roofline" else device                    # that one asks for sizes alone
+    dense = build_shape(args.shape, dtype, place) if args.shape else load_model(args.model, dtype=dtype, device=device)
     if set(dense.plan) != {"S"}:
         raise InputError(f"--model {args.model}: is converted already; give the original, and --plan {dense.plan}")
     n, few = len(dense.layers), round(len(dense.layers) * 4 / 15)               # of SmolLM2's 30 layers 8
@@ -491,14 +505,15 @@ def decode(args) -> list[dict]:
     """The `decode` command: steps of a full batch at each length, dense and converted in turn, and prompts read alone."""
     models, this = load_pair(args)
     engines = {name: Engine(model, args.batch, compiled=not args.no_compile) for name, model in models.items()}
+    prefill_seconds(models["dense"], 1)                                         # compiles the C++ of prompts
     report = []
     for length in tqdm(args.lengths, desc="decoding", unit="length", leave=False):
         times = decode_times(engines, length, args.steps)
         for name, model in models.items():
-            step, floor = median(times[name]), floor_seconds(step_costs(model.config, args.batch, length), this)
+            step, floor = quantile(times[name], 0.5), floor_seconds(step_costs(model, args.batch, length), this)
             report.append({"context": length, "model": name, "step_ms": step * 1e3, "tokens_per_second": args.batch / step,
                            "quartiles_ms": [quantile(times[name], q) * 1e3 for q in (0.25, 0.75)],
-                           "gain": median(times["dense"]) / step, "floor_ms": floor * 1e3, "over_floor": step / floor,
+                           "gain": quantile(times["dense"], 0.5) / step, "floor_ms": floor * 1e3, "over_floor": step / floor,
                            "cache_mib": cache_bytes(model, length) / 2**20,
                            "prefill_tokens_per_second": length / prefill_seconds(model, length)})
     print_figures(report, {"context": "{context:,}", "": "{model}", "ms a step": "{step_ms:.2f}", "quartiles": "{quartiles_ms[0]:.2f} to "
@@ -524,14 +539,15 @@ def serve(args) -> list[dict]:
     models, this = load_pair(args)
     longest = sum(mean + int(args.spread * mean) for mean in (args.prompt, args.output))
     report: list[dict] = []
+    prefill_seconds(models["dense"], 1)                                         # compiles the C++ of prompts
     for clients in args.concurrency:
         for name, model in models.items():
             slots = min(clients, fitting_slots(model, longest, args.memory)) if args.memory else clients
             engine = Engine(model, slots, compiled=not args.no_compile)
             decode_times({name: engine}, args.prompt, 1)                # compiles
             figures = serve_requests(engine, clients, make_requests(args, clients, model))
-            step = floor_seconds(step_costs(model.config, slots, args.prompt + args.output // 2), this)
-            floor = args.output / (prefill_operations(model.config, args.prompt) / this.rate + args.output * step / slots)
+            step = floor_seconds(step_costs(model, slots, args.prompt + args.output // 2), this)
+            floor = args.output / (prefill_operations(model, args.prompt) / this.rate + args.output * step / slots)
             rate = figures["tokens_per_second"]
             report.append({"clients": clients, "model": name, "slots": slots, **figures, "over_floor": floor / rate,
                            "gain": 1.0 if name == "dense" else rate / report[-1]["tokens_per_second"],
@@ -585,16 +601,16 @@ def roofline(args) -> dict:
         print(f"\n{name}: {hardware.bandwidth / 1e9:,.0f} GB/s, {hardware.rate / 1e12:,.2f} Tflop/s, {memory / 1e9:,.0f} GB; a step of "
               f"{args.batch} sequences of {args.lengths[0]:,} tokens:")
         for kind, model in models.items():
-            costs = step_costs(model.config, args.batch, args.lengths[0])
-            costs["prefill, a token"] = 0, prefill_operations(model.config, args.lengths[0]) / args.lengths[0]
+            costs = step_costs(model, args.batch, args.lengths[0])
+            costs["prefill, a token"] = 0, prefill_operations(model, args.lengths[0]) / args.lengths[0]
             parts += [{"part": part, "model": kind, "mb": cost[0] / 1e6, "mflop": cost[1] / 1e6, "ms": 1e3 * floor_seconds({part: cost}, hardware)}
                       for part, cost in costs.items()]
         print_figures(parts, {"part": "{part}", "": "{model}", "MB": "{mb:,.1f}", "Mflop": "{mflop:,.1f}", "ms": "{ms:,.3f}"})
         for clients, context in itertools.product(args.concurrency, args.lengths):
             for kind, model in models.items():
                 slots = min(clients, fitting_slots(model, context, memory))
-                step, half = (floor_seconds(step_costs(model.config, slots, n), hardware) for n in (context, context * 3 // 4))
-                prompt = prefill_operations(model.config, context // 2) / hardware.rate / (context // 2)
+                step, half = (floor_seconds(step_costs(model, slots, n), hardware) for n in (context, context * 3 // 4))
+                prompt = prefill_operations(model, context // 2) / hardware.rate / (context // 2)
                 figures = {"decode": slots / step, "served": 1 / (prompt + half / slots)}
                 base = gains[-1] if kind == "converted" else figures
                 gains.append({"clients": clients, "context": context, "model": kind, "slots": slots, **figures,
@@ -630,8 +646,14 @@ def plot(path: str | None, report: list[dict], x: str, y: str, label: str) -> No
 
 # --- command line ------------------------------------------------------------------------------------------------
 
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
+def positives(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
 
 
 def memory_size(text: str) -> float:
@@ -656,15 +678,17 @@ def main(argv=None) -> int:
         add = commands.add_parser(name, help=help).add_argument
         add("--model", required=name == "quality", help="a folder or Hub id")
         add("--device", help="cpu or cuda [the GPU when there is one]")
-        add("--dtype", choices=("bfloat16", "float32"), help="[bfloat16 where it is faster here]")
+        add("--dtype", choices=("bfloat16", "float32"), help="[bfloat16 where it is faster here; of roofline, always]")
         if name != "quality":
             add("--shape", choices=SHAPES, help="instead of --model: this architecture with random weights")
             add("--plan", help="letters, or uniform:L [4/15 of the layers S, 4/15 X, the others L]")
             add("--window", type=int, default=64, help="[64]")
             add("--sinks", type=int, default=4, help="[4]")
-            add("--batch", type=int, default=16, help="sequences of a step [16]")
-            add("--memory", type=memory_size, help="for weights and caches together, as 24GiB")
-            add("--concurrency", type=numbers, default=[50, 100, 200], help="[50,100,200]")
+            if name != "serve":
+                add("--batch", type=positive, default=16, help="sequences of a step [16]")
+            if name != "decode":
+                add("--memory", type=memory_size, help="for weights and caches together, as 24GiB")
+                add("--concurrency", type=positives, default=[50, 100, 200], help="[50,100,200]")
             add("--plot", help="draw the figures into this file, with matplotlib")
         if name != "roofline":
             add("--no-compile", action="store_true", help="run everything eagerly and without C++")
@@ -672,29 +696,35 @@ def main(argv=None) -> int:
     add = command("quality", "text, tasks and passkey recall, side by side")
     add("--base", help="the original to compare with")
     add("--valid", default=C4, help="a .txt, .jsonl, .jsonl.gz, folder or hub:DATASET/FILE [one shard of C4]")
-    add("--sequences", type=int, default=32, help="how many sequences of 1,024 tokens of it [32]")
-    add("--passkeys", type=int, default=20, help="prompts at each length [20]")
+    add("--sequences", type=positive, default=32, help="how many sequences of 1,024 tokens of it [32]")
+    add("--passkeys", type=positive, default=20, help="prompts at each length [20]")
     add("--tasks", nargs="+", default=[], help="question files")
-    add("--limit", type=int, help="only the first items of each")
+    add("--limit", type=positive, help="only the first items of each")
     add = command("decode", "milliseconds a step, dense and converted")
-    add("--lengths", type=numbers, default=[256, 1024, 4096, 8192], help="tokens that each sequence holds [256,1024,4096,8192]")
-    add("--steps", type=int, default=20, help="measured at each length [20]")
+    add("--lengths", type=positives, default=[256, 1024, 4096, 8192], help="tokens that each sequence holds [256,1024,4096,8192]")
+    add("--steps", type=positive, default=20, help="measured at each length [20]")
     add = command("serve", "throughput and latency of concurrent requests")
-    add("--prompt", type=int, default=256, help="tokens of a prompt, on average [256]")
-    add("--output", type=int, default=256, help="new tokens of a request, on average [256]")
+    add("--prompt", type=positive, default=256, help="tokens of a prompt, on average [256]")
+    add("--output", type=positive, default=256, help="new tokens of a request, on average [256]")
     add("--spread", type=share, default=0.25, help="how far lengths lie from these, as a share of them [0.25]")
-    add("--requests", type=int, help="in all [one for each client]")
+    add("--requests", type=positive, help="in all [one for each client]")
     add("--seed", type=int, default=0, help="draws prompts and lengths [0]")
     add = command("roofline", "bytes, operations, floor and predicted gain")
     add("--hardware", type=lambda text: text.split(","), default=[*HARDWARE, "this"], help="[a10,h100,this]")
-    add("--lengths", type=numbers, default=[2048, 512, 8192], help="contexts; costs by part at the first [2048,512,8192]")
+    add("--lengths", type=positives, default=[2048, 512, 8192], help="contexts; costs by part at the first [2048,512,8192]")
     args = parser.parse_args(argv)
-    set_up(eager=args.command != "roofline" and args.no_compile)
+    set_up(eager=getattr(args, "no_compile", False))
     try:
         report = {"quality": quality, "decode": decode, "serve": serve, "roofline": roofline}[args.command](args)
     except (InputError, kernels.NoCompiler) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"bench: {error.filename or args.model}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
     print(json.dumps({**vars(args), "report": report}))
     return 0
 

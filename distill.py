@@ -26,6 +26,7 @@ import json
 import math
 import signal
 import time
+import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -75,8 +76,11 @@ def read_documents(source: str, flag: str = "--data"):
         with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
             try:
                 for number, line in enumerate(lines, 1):
-                    yield json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile):
+                    text = json.loads(line)["text"]
+                    if not isinstance(text, str):
+                        raise TypeError
+                    yield text
+            except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error):
                 raise InputError(f"{flag} {file}: line {number}: not a JSON object with a `text` field") from None
 
 
@@ -85,8 +89,7 @@ def pack(documents, tokenizer: Tokenizer, eos: tuple[int, ...], context: int, to
     `tokens` tokens in all (rounded up to whole sequences). What is left of the last document is dropped."""
     wanted = math.inf if tokens is None else -(-tokens // context) * context
     ids: list[int] = []
-    total = None if tokens is None else wanted
-    with tqdm(total=total, desc="reading text", unit="tok", unit_scale=True, leave=False) as bar:
+    with tqdm(total=wanted, desc="reading text", unit="tok", unit_scale=True, leave=False) as bar:
         for text in documents:
             before = len(ids)
             ids += tokenizer.encode(text) + list(eos[:1])
@@ -206,8 +209,9 @@ class Healing:
         return self.short_steps, self.steps, self.tail_lr
 
     def learning_rate(self, step: int) -> float:
-        """Each stage warms up, stays at its rate up to its step STEADY, and falls as 1 / sqrt(t) from there on. In stage 2 that does
-        not depend on how long the stage is: the average (`Optimizer`) is its result at any step."""
+        """A stage stays at its rate up to its step STEADY and falls as 1 / sqrt(t) from there on. Stage 2 warms up before, for a
+        number of steps that does not depend on its length, since the average (`Optimizer`) is its result at any step; the others
+        for a twentieth of theirs."""
         first, last, peak = self.stage(step)
         t, warm_up = step - first + 1, self.warm_up if first == self.transfer_steps else (last - first) // 20
         return peak * min(1.0, t / max(1, warm_up), (STEADY / t) ** 0.5)
@@ -255,8 +259,6 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
     learns = lambda name: name in tails or name.endswith((".A", ".B")) or settings.full and not name.endswith("_map")
     trained = {name: parameter for name, parameter in student.named_parameters() if learns(name)}
     student.requires_grad_(False)
-    for parameter in trained.values():
-        parameter.requires_grad_(True)
     optimizer = Optimizer(trained)
     identity = json.loads(json.dumps({**identity, **asdict(settings), "average": AVERAGE, "steady": STEADY}))
     distilled = checkpoint.with_name(f"{checkpoint.stem}-distilled.safetensors")
@@ -264,7 +266,7 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
     step, curve = optimizer.load(saved_state) if saved_state else (0, {"train": [], "valid": []})
 
     rank, world = rank_and_world()
-    targets = [(ids, teacher.hidden(ids)) for ids in valid.to(teacher.device)[rank::world].split(4)]
+    targets = [(ids, teacher.hidden(ids)) for ids in valid.to(teacher.device)[rank::world].split(4) if len(ids)]
     stop, saved = Interrupt(), time.monotonic()
     tokens = settings.tokens_after
     with stop, tqdm(total=tokens(settings.steps), initial=tokens(step), desc="healing", unit="tok", unit_scale=True) as bar:
@@ -299,7 +301,8 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
             sum_over_processes([loss] + [p.grad for p in trained.values() if p.grad is not None])
             loss = float(loss)
             if not math.isfinite(loss):
-                raise Diverged(f"the loss is {loss} at step {step} ({tokens(step):,} tokens): try a lower --lr")
+                hint = "" if tails_alone else "; try a lower --lr"
+                raise Diverged(f"the loss is {loss} at step {step} ({tokens(step):,} tokens){hint}")
             optimizer.step(settings.learning_rate(step), step - settings.stage(step)[0] + 1)
             step += 1
             curve["train"].append(round(loss, 5))
@@ -442,9 +445,8 @@ class Optimizer:
             for name, master in self.masters.items():
                 master.copy_(file.get_tensor(name))
                 self.averages[name].copy_(file.get_tensor(f"{name}/average"))
-                if f"{name}/step" in stored:                    # a parameter that has been stepped; its count stays on the CPU
-                    moments = {key: file.get_tensor(f"{name}/{key}").to(master.device) for key in ("exp_avg", "exp_avg_sq")}
-                    self.adam.state[master] = {"step": file.get_tensor(f"{name}/step"), **moments}
+                if f"{name}/step" in stored:                    # a parameter that has been stepped
+                    self.adam.state[master] = {key: file.get_tensor(f"{name}/{key}").to(master.device) for key in ("step", "exp_avg", "exp_avg_sq")}
         self.publish()
         return int(metadata["step"]), json.loads(metadata["curve"])
 

@@ -101,9 +101,7 @@ def feature_map(x: Tensor, kind: str, weight: Tensor) -> Tensor:
         return F.elu(y) + 1
     if kind == "relu":
         return F.relu(y) + 1e-3
-    if kind == "favor":
-        return torch.exp(y - x.square().sum(-1, keepdim=True) / 2) * weight.shape[1] ** -0.5
-    raise ValueError(f"feature map {kind!r}: use one of {', '.join(FEATURE_MAPS)}")
+    return torch.exp(y - x.square().sum(-1, keepdim=True) / 2) * weight.shape[1] ** -0.5
 
 
 def favor_projection(heads: int, head_dim: int) -> Tensor:

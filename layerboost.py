@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import kernels
 from bench import (RECALL_LENGTHS, cache_bytes, evaluate, format_table, mean, passkey_prompts, pick_device, pick_dtype,
-                   read_task, score_hidden, set_up, table, task_accuracy, task_prompts)
+                   read_task, read_tasks, score_hidden, set_up, table, task_accuracy, task_prompts)
 from distill import C4, Diverged, Healing, gather, heal, pack, rank_and_world, read_documents, tail_names
 from kernels import ROWS, fused_kl
 from model import (InputError, Model, Tokenizer, convert, find_model, load_model, load_tokenizer, parse_plan, read_json,
@@ -44,6 +44,7 @@ SCAN_CONTEXT, SCAN_SEQUENCES = 2048, 4              # calibration text of the kl
 SCAN_RECALL = {512: 4, 1024: 2, 2048: 1}            # prompts by context length of the recall measure
 SCAN_TASK_ITEMS = 100                               # of the first task file, for the task measure
 MEASURES = ("kl", "recall", "task")
+SHORTLIST = 4                                       # layers that the greedy planner tries at each step
 TEXT_TOKENS = 10_000_000                            # are read to heal on, whatever the budget: a run can go on to a larger one
 VALID_SEQUENCES = 32                                # of CONTEXT tokens, for the report; healing watches the first 8
 
@@ -157,6 +158,8 @@ def scan(model: Model, probes: list, tiers: dict, path: Path, identity: dict, la
                 for (_, damage), stream in zip(probes, streams):
                     changed = [altered[tier].run_layers(x, i, i + 1) for x in stream]
                     columns |= damage([model.norm(model.run_layers(x, i + 1, n)) for x in changed])
+                if not all(map(math.isfinite, columns.values())):
+                    raise Diverged(f"the damage of layer {i} as {tier} is not a finite number")
                 bar.set_postfix_str(f"layer {i} {tier} " + " ".join(f"{k} {columns[k]:.3f}" for k in MEASURES if k in columns))
                 bar.update()
             layers += [row for row in gather(measured) if row]
@@ -181,12 +184,12 @@ def check_scan(path: Path, identity: dict, measures: list[str], n: int) -> list[
     made, again = read_json(path), "scan again (leave out --scan, or give another --out)"
     if not isinstance(made, dict) or not {"identity", "layers"} <= set(made):
         raise InputError(f"{path}: is no scan file; {again}")
-    for key, value in identity.items():
-        if made["identity"].get(key) != value:
-            raise InputError(f"{path}: was measured with {key} {made['identity'].get(key)}, this run has {value}; {again}")
     columns = [m for m in MEASURES if m in made["layers"][0]["X"]]
     if not set(measures) <= set(columns) or len(made["layers"]) < n and set(measures) != set(columns):
         raise InputError(f"{path}: was measured with --measure {'+'.join(columns)}, this run has {'+'.join(measures)}; {again}")
+    for key, value in identity.items():
+        if made["identity"].get(key) != value:
+            raise InputError(f"{path}: was measured with {key} {made['identity'].get(key)}, this run has {value}; {again}")
     return made["layers"]
 
 
@@ -231,14 +234,14 @@ def plan_tier(costs: list[dict], keep: int, drop: int) -> str:
     return best[keep, drop][1]
 
 
-def plan_greedy(costs: list[dict], keep: int, drop: int, measure, shortlist: int = 4) -> str:
+def plan_greedy(costs: list[dict], keep: int, drop: int, measure) -> str:
     """Converts one layer at a time, first the X ones, and measures the whole model each time: the next layer is the least
-    harmful, given all before it, of the `shortlist` that the scan calls least harmful. measure(plan) -> damage."""
+    harmful, given all before it, of the SHORTLIST that the scan calls least harmful. measure(plan) -> damage."""
     plan = ["S"] * len(costs)
     moves = "X" * drop + "L" * (len(costs) - keep - drop)
     with tqdm(moves, desc="greedy plan", unit="layer") as bar:
         for tier in bar:
-            candidates = sorted((i for i, t in enumerate(plan) if t == "S"), key=lambda i: costs[i][tier])[:shortlist]
+            candidates = sorted((i for i, t in enumerate(plan) if t == "S"), key=lambda i: costs[i][tier])[:SHORTLIST]
             trials = {i: measure("".join(plan[:i]) + tier + "".join(plan[i + 1:])) for i in candidates}
             plan[min(trials, key=trials.get)] = tier
             bar.set_postfix_str(f"{''.join(plan)} damage {min(trials.values()):.3f}")
@@ -264,7 +267,7 @@ def remembered(path: Path, identity: dict, measure):
 def chart(layers: list[dict], measures: list[str], plan: str) -> str:
     """Bars of the damage by layer, on a logarithmic scale since it spans three decades."""
     costs = costs_of(layers, measures)
-    low, high = 1e-3, max(max(c["X"], c["L"]) for c in costs) + 1e-3
+    low, high = 1e-3, max(max(c["X"], c["L"]) for c in costs) + 2e-3
     def bar(value: float) -> str:
         length = 24 * math.log(max(value, low) / low) / math.log(high / low)
         return ("█" * int(length)).ljust(24)
@@ -318,6 +321,8 @@ def generate_text(model: Model, tokenizer: Tokenizer, args) -> None:
     ids = tokenizer.encode(args.prompt)
     if not ids:
         raise InputError("--prompt is empty; give it some text")
+    if args.temperature < 0 or args.max_new_tokens < 1 or (args.top_k or 1) < 1 or not 0 < (args.top_p or 1) <= 1:
+        raise InputError("--temperature, --max-new-tokens, --top-k, --top-p: give 0 or more, 1 or more, 1 or more, above 0 to 1")
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")       # a character may span several tokens
 
     def show(row: int, token: int) -> None:
@@ -334,12 +339,16 @@ def generate_text(model: Model, tokenizer: Tokenizer, args) -> None:
 def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     """Scan, plan, convert, heal, evaluate, report and save: all into args.out."""
     out, n = Path(args.out), len(model.layers)
+    if out.resolve() == source.resolve():
+        raise InputError(f"--out {out}: is the folder of the original; give another")
     settings, measures, tiers, plan = check_arguments(model, args)
+    tasks = read_tasks(args.tasks, args.limit)
     train, valid = read_text(args, tokenizer, model, settings)
     calibration = calibration_text(train, min(SCAN_CONTEXT, model.config.max_position_embeddings))
     identity = {"model": fingerprint(*model.parameters()), "data": fingerprint(calibration), **tiers, "dtype": args.dtype}
+    asked = {"task file": hashlib.sha256(Path(args.tasks[0]).read_bytes()).hexdigest()[:12]} if "task" in measures else {}
     scan_file = Path(args.scan or out / "scan.json")
-    layers = check_scan(scan_file, identity, measures, n) if scan_file.exists() else []
+    layers = check_scan(scan_file, identity | asked, measures, n) if scan_file.exists() else []
     if gather(announce(model, args, settings, calibration, plan, len(layers)))[0] < COMPILE_FROM:
         torch.compiler.set_stance("force_eager")
     started = time.monotonic()
@@ -354,14 +363,15 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
         if not whole or args.planner == "greedy":
             probes = make_probes(model, tokenizer, measures, calibration, train, args.tasks)
         if not whole:
-            layers = scan(model, probes, tiers, scan_file, identity, layers)
+            layers = scan(model, probes, tiers, scan_file, identity | asked, layers)
         costs = costs_of(layers, measures)
         if args.planner == "greedy":
             damage = lambda trial: total_damage(measure_plan(model, probes, tiers, trial), measures)
-            known = remembered(out / "greedy.json", identity | {"measures": measures, "tasks": args.tasks}, damage)
+            known = remembered(out / "greedy.json", identity | asked | {"measures": measures}, damage)
             plan = plan_greedy(costs, args.keep, args.drop, known)
         else:
             plan = {"paper": plan_paper, "tier": plan_tier}[args.planner](costs, args.keep, args.drop)
+        plan = gather(plan)[0]                              # rounding may differ between processes
     if len(layers) == n:
         print(chart(layers, measures, plan))
         print("rankings of the layers compared (Spearman: 1 the same order, 0 unrelated):", *agreement_lines(layers), sep="\n")
@@ -387,7 +397,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
 
     print("\nEvaluate: the untouched, the converted and the healed model on the same text and questions.")
     models = {"base": model, "converted": converted, "healed": student}
-    report = evaluate(models, model, tokenizer, valid, args.tasks, args.limit)
+    report = evaluate(models, model, tokenizer, valid, tasks)
     write_report(out, report, curve, settings, args, layers, time.monotonic() - started)
     for name in ("base", "healed"):
         print(f"{name + ' goes on:':17}" + continuation(models[name], tokenizer, valid))
@@ -409,10 +419,10 @@ def check_arguments(model: Model, args) -> tuple[Healing, list[str], dict, str |
     measures = args.measure.split("+")
     if set(measures) - set(MEASURES):
         raise InputError(f"--measure {args.measure}: give kl, recall, task, or several joined with +")
+    if "recall" in measures and model.config.max_position_embeddings < min(SCAN_RECALL):
+        raise InputError(f"--measure {args.measure}: recall needs a model of {min(SCAN_RECALL)} positions; give --measure kl")
     if "task" in measures and not args.tasks:
         raise InputError("--measure task: needs a question file; give --tasks FILE")
-    for path in args.tasks:
-        read_task(path)
     if args.scan and not Path(args.scan).exists():
         raise InputError(f"--scan {args.scan}: no such file")
     tiers = {"window": args.window, "sinks": args.sinks, "feature_map": args.feature_map}
@@ -451,9 +461,8 @@ def read_text(args, tokenizer: Tokenizer, model: Model, settings: Healing) -> tu
 
 
 def calibration_text(train: Tensor, context: int) -> Tensor:
-    """SCAN_SEQUENCES sequences of `context` tokens from the head of the training text, fewer where there is less."""
+    """SCAN_SEQUENCES sequences of `context` tokens from the head of the training text, fewer where there are fewer."""
     tokens = train.flatten()
-    context = min(context, len(tokens))
     return tokens[:min(SCAN_SEQUENCES, len(tokens) // context) * context].view(-1, context)
 
 
@@ -463,6 +472,7 @@ def announce(model: Model, args, settings: Healing, calibration: Tensor, plan: s
     tokens = calibration.numel() if "kl" in args.measure else 0
     tokens += sum(length * count for length, count in SCAN_RECALL.items()) if "recall" in args.measure else 0
     passes = sum(2 * (n - i) / n for i in range(scanned, n)) + 2 if scanned < n else 0      # over all layers
+    passes += SHORTLIST * (n - args.keep) if args.planner == "greedy" else 0
     evaluated = VALID_SEQUENCES * CONTEXT + 20 * sum(n for n in RECALL_LENGTHS if n <= model.config.max_position_embeddings)
     scanning, healing, evaluating = tokens * passes / rate * (plan is None), settings.trained_tokens * 5 / rate, 3 * evaluated / rate
     print(f"{args.model}: {n} layers, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {args.dtype} on "
@@ -512,7 +522,7 @@ def token_count(text: str) -> int:
     scale = {"k": 1e3, "m": 1e6}.get(text[-1:].lower())
     try:
         return int(float(text[:-1]) * scale) if scale else int(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens; write 200k, 10M or 4096") from None
 
 
@@ -541,7 +551,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--sinks", "S", "and this many first ones, [4]", type=int, default=4)
     add("--feature-map", "PHI", "and the rest through hedgehog, elu, relu or favor features, or none. [hedgehog]", default="hedgehog")
     add("--rank", "R", "is the rank of the adapters. [16]  --full trains all weights instead.", type=int, default=16)
-    add("--lr", "LR", "is the highest learning rate. [1e-3]", type=float, default=1e-3)
+    add("--lr", "LR", "is the highest learning rate of these. [1e-3]", type=float, default=1e-3)
     add("--batch", "N", "sequences, [one a process]  of --context 512 tokens, make a step of healing, --micro-batch at a time; "
         "--activation-checkpointing keeps less for the backward pass and computes it again.", type=int)
     add("--out", "DIR", "receives the healed model, scan.json and report.json. [out/<model name>]")

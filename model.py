@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from huggingface_hub import errors as hub_errors
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -594,6 +594,9 @@ def from_hub(download, what: str, **arguments) -> str:
         raise InputError(f"{what}: not a local path, and the Hub cannot be reached; check either") from None
     except hub_errors.EntryNotFoundError:
         raise InputError(f"{what}: no such file on the Hub") from None
+    except hub_errors.HfHubHTTPError as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise InputError(f"{what}: {first_line}") from None
 
 
 def read_weights(folder: Path, model: Model, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
@@ -638,9 +641,8 @@ def save_model(model: Model, folder: str | Path, source: str | Path) -> None:
     files of `source`. Each file is written under a temporary name and renamed."""
     folder, config = Path(folder), model.config
     folder.mkdir(parents=True, exist_ok=True)
-    raw = dict(config.raw)
-    raw.pop("torch_dtype", None)
-    raw["dtype"] = str(model.norm.weight.dtype).removeprefix("torch.")
+    raw = {key: x for key, x in config.raw.items() if key not in ("torch_dtype", "layerboost")}
+    raw |= {"model_type": config.model_type, "dtype": str(model.norm.weight.dtype).removeprefix("torch.")}
     if set(config.plan) != {"S"}:      # another name, so that no other program takes it for an ordinary checkpoint
         raw |= {"model_type": "layerboost", "architectures": ["LayerBoostForCausalLM"], "layerboost": {
             "base_model_type": config.model_type, "plan": config.plan, "window": config.window, "sinks": config.sinks,
@@ -656,9 +658,12 @@ def save_model(model: Model, folder: str | Path, source: str | Path) -> None:
 
 
 def write_file(path: Path, write) -> None:
-    """write(temporary path), then rename: a file is whole or not there."""
+    """write(temporary path), then rename: a file is whole or not there. Raises OSError where it cannot be written."""
     temporary = path.with_name(path.name + ".partial")
-    write(temporary)
+    try:
+        write(temporary)
+    except SafetensorError as error:                # says so of a full disk
+        raise OSError(None, str(error), str(path)) from None
     os.replace(temporary, path)
 
 
@@ -773,6 +778,6 @@ def byte_table() -> dict[str, int]:
     return {chr(b): b for b in prints} | {chr(256 + i): b for i, b in enumerate(rest)}
 
 
-def load_tokenizer(path_or_hub_id: str, revision: str | None = None) -> Tokenizer:
+def load_tokenizer(path_or_hub_id: str) -> Tokenizer:
     """The tokenizer of a model folder or Hub id. Raises InputError where its kind is not supported."""
-    return Tokenizer(find_model(path_or_hub_id, revision))
+    return Tokenizer(find_model(path_or_hub_id))
