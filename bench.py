@@ -482,10 +482,10 @@ def load_pair(args) -> tuple[dict[str, Model], Hardware]:
     """{"dense": the model, "converted": its weights under --plan, the tails untrained, which no time shows}; this machine."""
     if bool(args.shape) == bool(args.model):
         raise InputError("--model, --shape: give one of the two")
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        raise InputError("--plot: needs matplotlib; pip install matplotlib, or leave --plot out")
     if args.plot and (Path(args.plot).suffix not in (".svg", ".png", ".pdf") or not Path(args.plot).parent.is_dir()):
         raise InputError(f"--plot {args.plot}: give a .svg, .png or .pdf file in a folder that exists")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        raise InputError("--plot: needs matplotlib; pip install matplotlib, or leave --plot out")
     device = pick_device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.command == "roofline" else pick_dtype(device)))
     torch.manual_seed(0)

@@ -267,7 +267,7 @@ def remembered(path: Path, identity: dict, measure):
 def chart(layers: list[dict], measures: list[str], plan: str) -> str:
     """Bars of the damage by layer, on a logarithmic scale since it spans three decades."""
     costs = costs_of(layers, measures)
-    low, high = 1e-3, max(max(c["X"], c["L"]) for c in costs) + 2e-3
+    low, high = 1e-3, max(max(c["X"], c["L"]) for c in costs) + 2e-3       # above `low` where no change did damage
     def bar(value: float) -> str:
         length = 24 * math.log(max(value, low) / low) / math.log(high / low)
         return ("█" * int(length)).ljust(24)
@@ -346,9 +346,11 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     train, valid = read_text(args, tokenizer, model, settings)
     calibration = calibration_text(train, min(SCAN_CONTEXT, model.config.max_position_embeddings))
     identity = {"model": fingerprint(*model.parameters()), "data": fingerprint(calibration), **tiers, "dtype": args.dtype}
-    asked = {"task file": hashlib.sha256(Path(args.tasks[0]).read_bytes()).hexdigest()[:12]} if "task" in measures else {}
+    scan_identity = dict(identity)
+    if "task" in measures:
+        scan_identity["task file"] = hashlib.sha256(Path(args.tasks[0]).read_bytes()).hexdigest()[:12]
     scan_file = Path(args.scan or out / "scan.json")
-    layers = check_scan(scan_file, identity | asked, measures, n) if scan_file.exists() else []
+    layers = check_scan(scan_file, scan_identity, measures, n) if scan_file.exists() else []
     if gather(announce(model, args, settings, calibration, plan, len(layers)))[0] < COMPILE_FROM:
         torch.compiler.set_stance("force_eager")
     started = time.monotonic()
@@ -363,11 +365,11 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
         if not whole or args.planner == "greedy":
             probes = make_probes(model, tokenizer, measures, calibration, train, args.tasks)
         if not whole:
-            layers = scan(model, probes, tiers, scan_file, identity | asked, layers)
+            layers = scan(model, probes, tiers, scan_file, scan_identity, layers)
         costs = costs_of(layers, measures)
         if args.planner == "greedy":
             damage = lambda trial: total_damage(measure_plan(model, probes, tiers, trial), measures)
-            known = remembered(out / "greedy.json", identity | asked | {"measures": measures}, damage)
+            known = remembered(out / "greedy.json", scan_identity | {"measures": measures}, damage)
             plan = plan_greedy(costs, args.keep, args.drop, known)
         else:
             plan = {"paper": plan_paper, "tier": plan_tier}[args.planner](costs, args.keep, args.drop)

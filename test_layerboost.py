@@ -1007,7 +1007,7 @@ def test_speed_commands_measure_both_models(command, keys, llama, capsys):
 
 
 @pytest.mark.parametrize("arguments,message", [("decode --lengths 10", "10 tokens are too few"), ("serve --prompt 2", "2 tokens are too few"),
-                                               ("decode --plot nowhere/a.svg", "--plot"), ("quality --valid {model}", "no such file, or a folder without")])
+                                               ("decode --plot nowhere/a.svg", "in a folder that exists"), ("quality --valid {model}", "no such file, or a folder without")])
 def test_bad_input_to_a_measurement_is_one_line_and_exit_code_2(arguments, message, llama, capsys):
     assert bench.main([*arguments.format(model=llama).split(), "--model", str(llama), "--no-compile", "--dtype", "float32"]) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
@@ -1082,6 +1082,8 @@ def test_two_processes_scan_and_heal_as_one_does(llama, text, tmp_path):
     """torchrun over gloo: the same scan, and the same loss curve at the same global batch; with text to validate on for one of them alone."""
     script, report, valid = str(Path(layerboost.__file__)), {}, tmp_path / "valid.txt"
     valid.write_text("the key of and model " * 120)
+    tokenizer = load_tokenizer(str(llama))
+    assert len(distill.pack(distill.read_documents(str(valid)), tokenizer, (700,), 512)) == 1
     for name, launcher, more in (("one", [], ["--batch", "2", "--micro-batch", "1"]), ("two", ["-m", "torch.distributed.run", "--nproc-per-node=2"], [])):
         arguments = command(llama, text, tmp_path / name, "--keep", "1", "--drop", "1", "--measure", "kl", "--valid", str(valid), *more)
         run = subprocess.run([sys.executable, *launcher, script, *arguments], capture_output=True, text=True, timeout=200)
