@@ -345,7 +345,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     tasks = read_tasks(args.tasks, args.limit)
     train, valid = read_text(args, tokenizer, model, settings)
     calibration = calibration_text(train, min(SCAN_CONTEXT, model.config.max_position_embeddings))
-    identity = {"model": fingerprint(*model.parameters()), "data": fingerprint(calibration), **tiers, "dtype": args.dtype}
+    identity = {"model": fingerprint(*model.parameters()), "data": fingerprint(calibration), **tiers}
     scan_identity = dict(identity)
     if "task" in measures:
         scan_identity["task file"] = hashlib.sha256(Path(args.tasks[0]).read_bytes()).hexdigest()[:12]
@@ -392,7 +392,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     converted = convert(model, plan, **tiers)               # keeps untrained tails of its own; the student's are trained
     student.recompute = args.activation_checkpointing
     curve = heal(model, student, train, valid[:8], settings, out / "healing.safetensors",
-                 identity | {"plan": plan, "data": fingerprint(train)})
+                 identity | {"plan": plan, "data": fingerprint(train), "dtype": args.dtype})
     if rank_and_world()[0]:
         return                                              # the first process does the rest
     save_model(student, out, source)

@@ -958,7 +958,7 @@ def test_passkeys_are_hidden_where_they_should_be(llama):
 
 @pytest.fixture(scope="session")
 def tiny():
-    return load_model(str(layerboost.TINY), dtype=torch.bfloat16), load_tokenizer(str(layerboost.TINY))
+    return load_model(str(layerboost.TINY)), load_tokenizer(str(layerboost.TINY))
 
 
 def test_the_embedded_model_is_small_trained_and_uses_its_context(tiny):
@@ -1125,6 +1125,10 @@ def test_a_scan_of_something_else_is_refused_with_the_difference(llama, text, tm
     out, task = tmp_path / "out", tmp_path / "task.jsonl"
     task.write_text('{"query": "the key", "choices": ["of", "and"], "gold": 0}\n')
     assert layerboost.main(command(llama, text, out, "--keep", "1", "--drop", "1")) == 0
+    coarser = command(llama, text, tmp_path / "bf16", "--keep", "1", "--drop", "1", "--scan", str(out / "scan.json"), "--dtype", "bfloat16")
+    assert layerboost.main(coarser) == 0                                # a machine without fast bfloat16 makes scans for one that has it
+    plan = lambda folder: json.loads((folder / "report.json").read_text())["plan"]
+    assert plan(tmp_path / "bf16") == plan(out)
     assert layerboost.main(command(llama, text, tmp_path / "new", "--scan", str(out / "scan.json"), "--window", "32")) == 2
     assert "was measured with window 16, this run has 32" in capsys.readouterr().err
     assert layerboost.main(command(llama, text, tmp_path / "new", "--scan", str(out / "scan.json"), "--tasks", str(task), "--measure", "task")) == 2
