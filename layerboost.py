@@ -6,7 +6,7 @@ Every layer of a Llama-style model pays for softmax attention over the whole con
 one layer at a time, X (attention removed) and L (sliding-window linear attention), and measures the damage. The plan keeps
 softmax (S) where the damage is worst. Healing distils the original back into the converted model. `main` tells this story.
 
-    python layerboost.py                    the embedded model of tiny/ on its own text: all of this in three minutes, offline
+    python layerboost.py                    the embedded model of tiny/ on its own text: all of this in two to five minutes, offline
     python layerboost.py --model DIR --data TEXT --valid TEXT --keep 10 --drop 4 --tokens 200k --out out/name
     python layerboost.py --model out/name --prompt "The capital of France is"
     torchrun --nproc-per-node=4 layerboost.py --model ...       the scan's layers and healing's sequences shared out
