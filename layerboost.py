@@ -194,11 +194,13 @@ def check_scan(path: Path, identity: dict, measures: list[str], n: int) -> list[
 
 
 def fingerprint(*tensors: Tensor) -> str:
-    """Twelve hex digits that tell sets of tensors apart by their shapes and 64 values of each."""
+    """Twelve hex digits that tell sets of tensors apart by their shapes and 64 values of each, weights alike in every precision."""
     digest = hashlib.sha256()
     for x in tensors:
         flat = x.detach().flatten()
-        digest.update(str(tuple(x.shape)).encode() + flat[::max(1, flat.numel() // 64)].double().cpu().numpy().tobytes())
+        values = flat[::max(1, flat.numel() // 64)]
+        values = values.bfloat16() if x.is_floating_point() else values
+        digest.update(str(tuple(x.shape)).encode() + values.double().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
