@@ -31,10 +31,10 @@ class Linear(nn.Linear):
 
 def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """What each of these gives for x: one product where their weights were packed together."""
-    packed = getattr(layers[0], "packed", None)
-    if packed is None or not in_cpp(x):
+    packed, sizes = getattr(layers[0], "packed", None), [getattr(layer, "out_features", 0) for layer in layers]
+    if packed is None or not in_cpp(x) or len(packed) * 16 != sum(sizes):
         return [linear(x, layer.weight, layer.bias) if isinstance(layer, Linear) else layer(x) for layer in layers]
-    parts = torch.ops.layerboost.packed_product(x, packed).split([layer.out_features for layer in layers], dim=-1)
+    parts = torch.ops.layerboost.packed_product(x, packed).split(sizes, dim=-1)
     return [part if layer.bias is None else part + layer.bias for part, layer in zip(parts, layers)]
 
 
@@ -132,22 +132,15 @@ class WindowLinearCache:
         is_sink = (position >= 0) & (position < self.sinks)
         return torch.where(is_sink, position, self.sinks + (position - self.sinks) % max(self.window, 1))
 
-    def filled(self, positions: Tensor) -> Tensor:
-        """[B]: how many slots, from the first on, hold what the token at `positions` [B] sees, itself among them."""
-        return (positions + 1).clamp(max=self.sinks + self.window)
-
 
 class WindowLinearAttention(SoftmaxAttention):
     """Tier L: softmax over a window and the first tokens, linear attention over the rest (kernels.py has the formula)."""
 
     def __init__(self, config, layer: int):
         super().__init__(config, layer)
-        H, G, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        if config.feature_map != "none":
-            rows = feature_size("favor", D) if config.feature_map == "favor" else D
-            self.query_map = nn.Parameter(torch.empty(H, rows, D, dtype=torch.float32))
-            self.key_map = nn.Parameter(torch.empty(G, rows, D, dtype=torch.float32))
-            self.tail_logit = nn.Parameter(torch.empty(H, dtype=torch.float32))
+        self.features = feature_size(config.feature_map, config.head_dim)
+        for name, x in self.initial_tail().items():
+            setattr(self, name, nn.Parameter(x))
 
     def initial_tail(self) -> dict[str, Tensor]:
         """The tail's parameters before any training: W the identity, and b = 0 for features that are normalised, so that
@@ -173,10 +166,6 @@ class WindowLinearAttention(SoftmaxAttention):
                     value[:, :, :self.config.sinks], zero.expand(B, G, self.features, D), zero.expand(B, G, self.features))
         return self.continue_from(past, query, *(F.pad(x, (0, 0, self.config.window, 0)) for x in (key, value)))[0]
 
-    @property
-    def features(self) -> int:
-        return feature_size(self.config.feature_map, self.config.head_dim)
-
     def continue_from(self, past: Past, query: Tensor, key: Tensor, value: Tensor):
         """Attention over `past`, the window before the first query and the queries' own tokens (key, value
         [B, G, window + T, D]). Returns it [B, H, T, D], and the features [B, G, T, F] of the token that leaves the window
@@ -196,7 +185,7 @@ class WindowLinearAttention(SoftmaxAttention):
     def advance(self, query, key, value, cache: WindowLinearCache, positions: Tensor) -> Tensor:
         if query.shape[2] > 1:
             return self.prefill(query, key, value, cache, positions)
-        slot, end = cache.slot(positions), cache.filled(positions)
+        slot, end = cache.slot(positions), (positions + 1).clamp(max=cache.sinks + cache.window)        # slots before `end` are filled
         local = query, key, value, slot, cache.key, cache.value
         if not self.features:
             return softmax_step(*local, torch.zeros_like(end), end)

@@ -34,6 +34,7 @@ import resource
 import sys
 import tempfile
 import time
+import timeit
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,11 +67,13 @@ def set_up(eager: bool) -> None:
 
 
 def pick_device(name: str | None) -> str:
-    """The device that was asked for, or the GPU when there is one. Raises InputError where torch has no such device."""
+    """The device that was asked for, or the GPU when there is one. Raises InputError for a device that is neither, or is not here."""
     try:
-        torch.empty(0, device=name or "cpu")
+        known = torch.empty(0, device=name or "cpu").device.type in ("cpu", "cuda")
     except (RuntimeError, AssertionError):
-        raise InputError(f"--device {name}: torch has no such device here; use cpu, or cuda where there is a GPU") from None
+        known = False
+    if not known:
+        raise InputError(f"--device {name}: there is no such device here; use cpu, or cuda where there is a GPU")
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -78,15 +81,11 @@ def pick_dtype(device: str) -> str:
     """bfloat16 on a GPU that has it, and on a CPU where a product of matrices is faster in it."""
     if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    times = {}
-    for dtype in (torch.float32, torch.bfloat16):
+
+    def seconds(dtype: torch.dtype) -> float:
         a, weight = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-        times[dtype] = math.inf
-        for _ in range(5):
-            start = time.perf_counter()
-            a @ weight.T
-            times[dtype] = min(times[dtype], time.perf_counter() - start)
-    return "bfloat16" if times[torch.bfloat16] < 0.8 * times[torch.float32] else "float32"
+        return min(timeit.repeat(lambda: a @ weight.T, number=1, repeat=5))
+    return "bfloat16" if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else "float32"
 
 
 # --- text --------------------------------------------------------------------------------------------------------
@@ -94,7 +93,7 @@ def pick_dtype(device: str) -> str:
 @torch.inference_mode()
 def text_quality(models: dict[str, Model], base: Model, tokenizer: Tokenizer, sequences: Tensor, batch: int = 4) -> dict[str, dict]:
     """{name: perplexity, bits_per_byte, kl, agreement} on sequences [N, T]; `base` is what kl and agreement are measured
-    against. Bits per UTF-8 byte are perplexity made comparable between tokenizers."""
+    against. Bits per UTF-8 byte of the text, its special tokens left out, are perplexity made comparable between tokenizers."""
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in models}       # negative log-likelihood, KL, same top-1
     for ids in tqdm(sequences.to(base.device).split(batch), desc="text", unit="batch", leave=False):
         base_hidden = base.hidden(ids)
@@ -103,7 +102,8 @@ def text_quality(models: dict[str, Model], base: Model, tokenizer: Tokenizer, se
             for i in range(ids.shape[0]):
                 sums[name] += compare_rows(hidden[i], model.head, base_hidden[i], base.head, ids[i])
     predicted, positions = sequences[:, 1:].numel(), sequences.numel()
-    size = len(tokenizer.decode_bytes(sequences[:, 1:].flatten().tolist()))
+    special = set(tokenizer.added.values())
+    size = len(tokenizer.decode_bytes([id for id in sequences[:, 1:].flatten().tolist() if id not in special]))
     return {name: {"perplexity": math.exp(nll / predicted), "bits_per_byte": nll / math.log(2) / size,
                    "kl": kl / positions, "agreement": same / positions}
             for name, (nll, kl, same) in ((name, total.tolist()) for name, total in sums.items())}
@@ -207,25 +207,35 @@ def passkey_recall(model: Model, tokenizer: Tokenizer, text: Tensor, lengths=REC
 def read_task(path: str, limit: int | None = None) -> list[dict]:
     """The items of a task file, the first `limit` of them. Raises InputError for a line that is in none of the three formats, or not
     in that of the first line."""
-    formats, items = ({"query", "choices", "gold"}, {"context_options", "continuation", "gold"}, {"context", "continuation"}), []
+    items: list[dict] = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        with open(path, encoding="utf-8") as file:
+            lines = list(itertools.islice(file, limit))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--tasks {path}: {getattr(error, 'strerror', None) or error}") from None
-    for number, line in enumerate(lines[:limit], 1):
+    for number, line in enumerate(lines, 1):
         try:
-            item = json.loads(line)
+            items.append(json.loads(line))
         except json.JSONDecodeError:
-            item = None
-        fits = [keys for keys in formats if isinstance(item, dict) and keys <= set(item)][:1]
-        if not fits or not all(item[key] and all(item[key]) for key in fits[0] - {"gold"}):
-            raise InputError(f"--tasks {path}: line {number}: give query, choices, gold; or context_options, continuation, "
-                             "gold; or context, continuation; none of them empty")
-        formats = fits                                                          # the only one from here on
-        items.append(item)
+            items.append({})
+        if task_format(items[-1]) is None or task_format(items[-1]) != task_format(items[0]):
+            raise InputError(f"--tasks {path}: line {number}: give query, choices, gold; or context_options, continuation, gold; or "
+                             "context, continuation; texts that are not empty, gold the number of one from 0 on, all lines alike")
     if not items:
         raise InputError(f"--tasks {path}: is empty")
     return items
+
+
+def task_format(item) -> str | None:
+    """`choices`, `context_options` or `context`, by what is scored against each other; None where something is missing or wrong."""
+    item = item if isinstance(item, dict) else {}
+    filled = lambda *texts: all(isinstance(text, str) and text.strip() for text in texts)
+    for options, text in (("choices", "query"), ("context_options", "continuation")):
+        if options in item:
+            given, gold = item[options], item.get("gold")
+            fits = isinstance(given, list) and filled(*given, item.get(text)) and type(gold) is int and 0 <= gold < len(given)
+            return options if fits else None
+    return "context" if filled(item.get("context"), item.get("continuation")) else None
 
 
 def read_tasks(paths: list[str], limit: int | None) -> dict[str, list[dict]]:
@@ -398,15 +408,8 @@ HARDWARE = {"a10": Hardware(600e9, 125e12, 24e9), "h100": Hardware(3.35e12, 989e
 def measure_hardware(device: str, dtype: torch.dtype) -> Hardware:
     """This machine's copying bandwidth and its rate of multiplying matrices, the best of several tries. As in a linear layer, x W^T:
     where bfloat16 is emulated torch takes 66 times as long for x W (2,048 x 2,048, AVX2)."""
-    def best(run) -> float:
-        seconds = []
-        for _ in range(6):
-            start = time.perf_counter()
-            run()
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        return min(seconds)
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    best = lambda run: min(timeit.repeat(lambda: (run(), wait()), number=1, repeat=6))
     size = 8192 if device.startswith("cuda") else 2048                          # many times what it takes to start a product
     source, a = torch.ones(2**28, dtype=torch.uint8, device=device), torch.ones(size, size, dtype=dtype, device=device)
     target = torch.empty_like(source)
@@ -450,7 +453,7 @@ def weight_bytes(model: Model) -> int:
 
 def fitting_slots(model: Model, tokens: int, memory: float) -> int:
     """How many sequences of this many tokens fit beside the weights. Raises InputError where none does."""
-    slots = int((memory - weight_bytes(model)) // cache_bytes(model, tokens))
+    slots = int((memory - weight_bytes(model)) // max(1, cache_bytes(model, tokens)))        # without attention there is no cache
     if slots < 1:
         raise InputError(f"--memory, --hardware: {memory / 2**30:.1f} GiB hold the weights ({weight_bytes(model) / 2**30:.1f} GiB) and no "
                          f"sequence of {tokens} tokens; give more")
@@ -611,7 +614,8 @@ def roofline(args) -> dict:
             for kind, model in models.items():
                 slots = min(clients, fitting_slots(model, context, memory))
                 step, half = (floor_seconds(step_costs(model, slots, n), hardware) for n in (context, context * 3 // 4))
-                prompt = prefill_operations(model, context // 2) / hardware.rate / (context // 2)
+                half_context = max(1, context // 2)
+                prompt = prefill_operations(model, half_context) / hardware.rate / half_context
                 figures = {"decode": slots / step, "served": 1 / (prompt + half / slots)}
                 base = gains[-1] if kind == "converted" else figures
                 gains.append({"clients": clients, "context": context, "model": kind, "slots": slots, **figures,

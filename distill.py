@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from huggingface_hub import hf_hub_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -59,8 +59,8 @@ def read_documents(source: str, flag: str = "--data"):
     such files in the order of their names, or of `hub:OWNER/DATASET/FILE`. Raises InputError naming the file and line."""
     if source.startswith("hub:"):
         owner, dataset, file = (source[4:].split("/", 2) + ["", ""])[:3]
-        if not file:
-            raise InputError(f"{flag} {source}: give hub:OWNER/DATASET/FILE")
+        if not file.endswith(TEXT_SUFFIXES):
+            raise InputError(f"{flag} {source}: give hub:OWNER/DATASET/FILE, the file one of {', '.join(TEXT_SUFFIXES)}")
         source = from_hub(hf_hub_download, f"{flag} {source}", repo_id=f"{owner}/{dataset}", filename=file,
                           repo_type="dataset")
     path = Path(source)
@@ -74,6 +74,7 @@ def read_documents(source: str, flag: str = "--data"):
         if not file.name.endswith(TEXT_SUFFIXES):
             raise InputError(f"{flag} {file}: give a .txt, .jsonl, .jsonl.gz or .json.gz file, or a folder of them")
         with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
+            number = 1
             try:
                 for number, line in enumerate(lines, 1):
                     text = json.loads(line)["text"]
@@ -284,7 +285,7 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
                 saved = time.monotonic()
             if rank == 0 and step == settings.short_steps < settings.steps:
                 optimizer.save(distilled, step, curve, identity)
-            if asked and step < settings.steps:
+            if asked:
                 raise KeyboardInterrupt
             if step in (settings.transfer_steps, settings.short_steps, settings.steps):
                 optimizer.end_stage()
@@ -319,8 +320,11 @@ def find_checkpoint(paths: list[Path], settings: Healing, identity: dict) -> Pat
     gone beyond the second stage, neither its own nor that of `settings`."""
     done = 0
     for path in filter(Path.exists, paths):
-        with safe_open(path, framework="pt") as file:
-            made_with, step = json.loads(file.metadata()["identity"]), int(file.metadata()["step"])
+        try:
+            with safe_open(path, framework="pt") as file:
+                made_with, step = json.loads(file.metadata()["identity"]), int(file.metadata()["step"])
+        except SafetensorError as error:
+            raise InputError(f"{path}: cannot be read as safetensors ({error}); delete it to start anew") from None
         for key in identity:
             if key != "tokens" and made_with.get(key) != identity[key]:
                 raise InputError(f"{path}: was made with {key} = {made_with.get(key)}, not {identity[key]}; repeat that "

@@ -70,7 +70,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if eager_in_cpp(x):
         B, heads, tokens, D = x.shape
         return call("rotary", (1, 1, x.dtype), x.new_empty(x.shape), (B, heads, tokens, D // 2, *x.stride()[:3], len(cos) > 1),
-                    (x, cos, sin), strided=True)
+                    (x, cos.contiguous(), sin.contiguous()), strided=True)
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
@@ -131,7 +131,8 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, start: Tensor |
     positions from 0 on, as many as there is room for.
 
     On a GPU by torch's fused kernel. That one runs at a fifth of a CPU's rate of multiplying matrices; so here a block of
-    queries at a time, whose scores stay in the processor's cache, over no keys beyond them; in C++ where that has the faster products.
+    queries at a time, whose scores stay in the processor's cache, from position 0 on over no keys beyond them; in C++ where that has
+    the faster products.
     """
     tokens, keys = query.shape[2], key.shape[2]
     if in_cpp(key) and multiplies_pairs(key) and key.shape[3] % 32 == 0:
@@ -169,18 +170,13 @@ def softmax_step(query: Tensor, new_key: Tensor, new_value: Tensor, slot: Tensor
     if in_cpp(key):
         return torch.ops.layerboost.attention_step(scaled(query), new_key, new_value, slot, key, value, first, end).to(query.dtype)
     put(new_key, new_value, slot, key, value)
-    return attend_block(query, key, value, between(first, end, key)[:, None])
+    i = torch.arange(key.shape[2], device=key.device)
+    return attend_block(query, key, value, ((i >= first[:, None]) & (i < end[:, None]))[:, None])
 
 
 def put(new_key: Tensor, new_value: Tensor, slot: Tensor, key: Tensor, value: Tensor) -> None:
     sequence = torch.arange(len(slot), device=slot.device)
     key[sequence, :, slot], value[sequence, :, slot] = new_key[:, :, 0], new_value[:, :, 0]
-
-
-def between(first: Tensor, end: Tensor, key: Tensor) -> Tensor:
-    """[B, room]: True from `first` to `end`."""
-    i = torch.arange(key.shape[2], device=key.device)
-    return (i >= first[:, None]) & (i < end[:, None])
 
 
 def group_heads(x: Tensor, groups: int) -> Tensor:
@@ -267,7 +263,8 @@ def local_attention(query: Tensor, key: Tensor, value: Tensor, past: Past, windo
     """The local terms, sum_local exp(a_i - m) v_i and sum_local exp(a_i - m), with m = max_local a_i.
 
     A chunk of queries sees a band of `window + chunk` keys: query j of the chunk sees the keys j < i <= j + window of its
-    band, and those sinks that are no longer in its window. Returns float32 [B, H, T, D], [B, H, T, 1], m [B, H, T, 1].
+    band, and those sinks that are no longer in its window. Returns [B, H, T, D] in value's dtype, float32 [B, H, T, 1] and m
+    [B, H, T, 1].
     """
     tokens = query.shape[2]
     query = split_chunks(query * query.shape[-1] ** -0.5, key.shape[1], chunk)              # (B, G, n, R * C, D)
@@ -342,7 +339,8 @@ def window_linear_step(query: Tensor, new_key: Tensor, new_value: Tensor, slot: 
     state.addcmul_(phi_key[..., None], left.float()[:, :, None])
     norm.add_(phi_key)
     scores = (group_heads(query, key.shape[1]) @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5       # (B, G, R, slots)
-    scores = scores.masked_fill(~between(torch.zeros_like(end), end, key)[:, None, None], -torch.inf)
+    seen = torch.arange(key.shape[2], device=key.device) < end[:, None]                                 # (B, slots)
+    scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
     b = tail_logit.view(key.shape[1], -1, 1)
     largest = torch.maximum(scores.amax(-1, keepdim=True), b)
     weights, tail_scale = torch.exp(scores - largest), torch.exp(b - largest)
@@ -659,23 +657,23 @@ def library(rows: int, head_dim: int, dtype: torch.dtype) -> ctypes.CDLL:
                    "-std=c++17", "-shared", "-fPIC", "-x", "c++", "-", "-o", path]
         try:
             subprocess.run(command, input=SOURCE, text=True, check=True, capture_output=True)
+            return ctypes.CDLL(path)
         except (OSError, subprocess.CalledProcessError) as error:
             raise NoCompiler(f"{command[0]} cannot compile the C++ of kernels.py; install g++, name another compiler with "
                              f"OpenMP in CXX, or give --no-compile ({getattr(error, 'stderr', error)})") from None
-        return ctypes.CDLL(path)
 
 
 def attention_step(query, new_key, new_value, slot, key, value, first, end, phi_query=None, phi_key=None, left=None, tail_logit=None,
                    state=None, norm=None) -> Tensor:
     assert all(x is None or x.is_contiguous() for x in (key, value, state, norm)), "a copy would be changed in their place"
     (B, H), (G, room), features = query.shape[:2], key.shape[1:3], 0 if phi_key is None else phi_key.shape[-1]
-    return call("step", (H // G, query.shape[-1], key.dtype), torch.empty_like(query), (B, G, room, features),
+    return call("step", (H // G, query.shape[-1], key.dtype), query.new_empty(query.shape), (B, G, room, features),
                 (query, new_key, new_value, slot, key, value, first, end, phi_query, phi_key, left, tail_logit, state, norm))
 
 
 def attention_chunk(query, key, value, start, sink_key, sink_value, phi_query, phi_key, tail_logit, state, norm) -> Tensor:
     (B, H, tokens), (G, keys), features = query.shape[:3], key.shape[1:3], 0 if phi_key is None else phi_key.shape[-1]
-    return call("chunk", (H // G, query.shape[-1], key.dtype), torch.empty_like(query),
+    return call("chunk", (H // G, query.shape[-1], key.dtype), query.new_empty(query.shape),
                 (B, G, tokens, keys - tokens, sink_key.shape[2], features),
                 (query, key, value, start, sink_key, sink_value, phi_query, phi_key, tail_logit, state, norm))
 
@@ -719,11 +717,11 @@ def call(function: str, variant: tuple, out: Tensor, numbers: tuple, tensors: tu
 
 # As operators they can be part of a compiled program. (c!) marks what changes in place.
 for run, fake, schema in (
-        (attention_step, lambda query, *rest: torch.empty_like(query),
+        (attention_step, lambda query, *rest: query.new_empty(query.shape),
          "Tensor query, Tensor new_key, Tensor new_value, Tensor slot, Tensor(a!) key, Tensor(b!) value, Tensor first, Tensor end, "
          "Tensor? phi_query=None, Tensor? phi_key=None, Tensor? left=None, Tensor? tail_logit=None, Tensor(c!)? state=None, "
          "Tensor(d!)? norm=None"),
-        (attention_chunk, lambda query, *rest: torch.empty_like(query),
+        (attention_chunk, lambda query, *rest: query.new_empty(query.shape),
          "Tensor query, Tensor key, Tensor value, Tensor start, Tensor sink_key, Tensor sink_value, Tensor? phi_query, Tensor? phi_key, "
          "Tensor? tail_logit, Tensor? state, Tensor? norm"),
         (attention_prompt, lambda query, *rest: query.new_empty(query.shape),
@@ -777,12 +775,13 @@ class SlicedKL(torch.autograd.Function):
         for start in range(0, student.shape[0], ROWS):
             part = slice(start, start + ROWS)
             logits = student[part] @ student_head.T, teacher[part] @ teacher_head.T         # (rows, V)
-            if grad_student is None:
+            if grad_student is None and grad_head is None:
                 total += fused_kl(*logits).sum()
                 continue
             kl, grad_logits = fused_kl_gradient(*logits)
             total += kl.sum()
-            grad_student[part] = grad_logits @ student_head
+            if grad_student is not None:
+                grad_student[part] = grad_logits @ student_head
             if grad_head is not None:
                 grad_head += (grad_logits.T @ student[part]).float()
         ctx.save_for_backward(grad_student, grad_head)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import kernels
 from bench import (RECALL_LENGTHS, cache_bytes, evaluate, format_table, mean, passkey_prompts, pick_device, pick_dtype,
-                   read_task, read_tasks, score_hidden, set_up, table, task_accuracy, task_prompts)
+                   positive, read_task, read_tasks, score_hidden, set_up, table, task_accuracy, task_prompts)
 from distill import C4, Diverged, Healing, gather, heal, pack, rank_and_world, read_documents, tail_names
 from kernels import ROWS, fused_kl
 from model import (InputError, Model, Tokenizer, convert, find_model, load_model, load_tokenizer, parse_plan, read_json,
@@ -182,7 +182,7 @@ def check_scan(path: Path, identity: dict, measures: list[str], n: int) -> list[
     """The layers that a scan file holds. Raises InputError naming the first thing in which it differs from this run: a whole
     one must have the measures that are asked for, one that is to be gone on with no others."""
     made, again = read_json(path), "scan again (leave out --scan, or give another --out)"
-    if not isinstance(made, dict) or not {"identity", "layers"} <= set(made):
+    if not {"identity", "layers"} <= set(made):
         raise InputError(f"{path}: is no scan file; {again}")
     columns = [m for m in MEASURES if m in made["layers"][0]["X"]]
     if not set(measures) <= set(columns) or len(made["layers"]) < n and set(measures) != set(columns):
@@ -346,13 +346,16 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     settings, measures, tiers, plan = check_arguments(model, args)
     tasks = read_tasks(args.tasks, args.limit)
     train, valid = read_text(args, tokenizer, model, settings)
-    calibration = calibration_text(train, min(SCAN_CONTEXT, model.config.max_position_embeddings))
+    longest = min(SCAN_CONTEXT, model.config.max_position_embeddings)
+    calibration = train.flatten().unfold(0, longest, longest)[:SCAN_SEQUENCES]
     identity = {"model": fingerprint(*model.parameters()), "data": fingerprint(calibration), **tiers}
     scan_identity = dict(identity)
     if "task" in measures:
         scan_identity["task file"] = hashlib.sha256(Path(args.tasks[0]).read_bytes()).hexdigest()[:12]
     scan_file = Path(args.scan or out / "scan.json")
-    layers = check_scan(scan_file, scan_identity, measures, n) if scan_file.exists() else []
+    layers = check_scan(scan_file, scan_identity, measures, n) if scan_file.exists() and (args.scan or plan is None) else []
+    if args.scan and len(layers) < n:
+        raise InputError(f"--scan {args.scan}: holds {len(layers)} of {n} layers; repeat the command that makes it")
     if gather(announce(model, args, settings, calibration, plan, len(layers)))[0] < COMPILE_FROM:
         torch.compiler.set_stance("force_eager")
     started = time.monotonic()
@@ -464,20 +467,15 @@ def read_text(args, tokenizer: Tokenizer, model: Model, settings: Healing) -> tu
     return train, valid
 
 
-def calibration_text(train: Tensor, context: int) -> Tensor:
-    """SCAN_SEQUENCES sequences of `context` tokens from the head of the training text, fewer where there are fewer."""
-    tokens = train.flatten()
-    return tokens[:min(SCAN_SEQUENCES, len(tokens) // context) * context].view(-1, context)
-
-
 def announce(model: Model, args, settings: Healing, calibration: Tensor, plan: str | None, scanned: int) -> float:
     """What is going to happen, and about how long it takes here, from a short measurement. Returns the seconds in all."""
     rate, n = forward_rate(model) * rank_and_world()[1], len(model.layers)
     tokens = calibration.numel() if "kl" in args.measure else 0
-    tokens += sum(length * count for length, count in SCAN_RECALL.items()) if "recall" in args.measure else 0
+    reach = model.config.max_position_embeddings
+    tokens += sum(n * count for n, count in SCAN_RECALL.items() if n <= reach) if "recall" in args.measure else 0
     passes = sum(2 * (n - i) / n for i in range(scanned, n)) + 2 if scanned < n else 0      # over all layers
     passes += SHORTLIST * (n - args.keep) if args.planner == "greedy" else 0
-    evaluated = VALID_SEQUENCES * CONTEXT + 20 * sum(n for n in RECALL_LENGTHS if n <= model.config.max_position_embeddings)
+    evaluated = VALID_SEQUENCES * CONTEXT + 20 * sum(n for n in RECALL_LENGTHS if n <= reach)
     scanning, healing, evaluating = tokens * passes / rate * (plan is None), settings.trained_tokens * 5 / rate, 3 * evaluated / rate
     print(f"{args.model}: {n} layers, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {args.dtype} on "
           f"{args.device}; a forward pass runs at {rate:,.0f} tokens/s here")
@@ -539,7 +537,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     def add(flag: str, metavar: str | None, help: str, **options) -> None:
         parser.add_argument(flag, help=help, **({"metavar": metavar} if metavar else {}), **options)
     add("--model", "MODEL", "is a folder in the Hub's layout or a Hub id (at --revision, default main). [the embedded one, with "
-        "text of its own]")
+        "text and settings of its own]")
     add("--data", "TEXT", "heals on this .txt, .jsonl, .jsonl.gz, folder or hub:DATASET/FILE. [one shard of C4]")
     add("--valid", "TEXT", "evaluates on this text. [the last documents of --data, held out]")
     add("--tasks", "FILE", "also evaluates these question files, the first --limit items of each.", nargs="+", default=[])
@@ -566,7 +564,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--no-compile", None, "runs everything eagerly and without C++: slower, but starts at once.", action="store_true")
     for flag in ("--full", "--activation-checkpointing"):                   # the rest are named in the lines above
         add(flag, None, argparse.SUPPRESS, action="store_true")
-    for flag, kind, default in (("--revision", str, None), ("--micro-batch", int, None), ("--context", int, 512), ("--limit", int, None), ("--max-new-tokens", int, 100),
+    for flag, kind, default in (("--revision", str, None), ("--micro-batch", int, None), ("--context", int, 512), ("--limit", positive, None), ("--max-new-tokens", int, 100),
                                 ("--temperature", float, 0.0), ("--top-k", int, None), ("--top-p", float, None)):
         add(flag, None, argparse.SUPPRESS, type=kind, default=default)
     args = parser.parse_args(argv)
@@ -582,7 +580,7 @@ def start_process(device: str | None) -> str:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
     if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if dist.get_rank():
@@ -594,10 +592,10 @@ def start_process(device: str | None) -> str:
 def main(argv=None) -> int:
     args = parse_arguments(argv)
     set_up(eager=args.no_compile)
+    args.out = args.out or f"out/{Path(args.model).resolve().name}"
     try:
         args.device = start_process(args.device)
         args.dtype = gather(args.dtype or pick_dtype(args.device))[0]
-        args.out = args.out or f"out/{Path(args.model).resolve().name}"
         source = find_model(args.model, args.revision)
         tokenizer = load_tokenizer(str(source))
         model = load_model(str(source), dtype=getattr(torch, args.dtype), device=args.device)
@@ -616,7 +614,7 @@ def main(argv=None) -> int:
         print(f"layerboost: {error}; what was saved before is in {args.out}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nstopped; run the same command again to go on from what is in {args.out}", file=sys.stderr)
+        print("\nstopped" + (f"; run the same command again to go on from what is in {args.out}" if args.prompt is None else ""), file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():

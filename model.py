@@ -132,17 +132,21 @@ def read_sliding_windows(raw: dict, kind: str, layers: int) -> tuple[int | None,
 def read_eos(raw: dict, folder: Path) -> tuple[int, ...]:
     """The ids that end a text: generation_config.json's where it has them (chat models name several), or config.json's."""
     path = folder / "generation_config.json"
-    eos = (read_json(path) if path.exists() else {}).get("eos_token_id", raw.get("eos_token_id"))
+    eos = read_json(path).get("eos_token_id") if path.exists() else None
+    eos = raw.get("eos_token_id") if eos is None else eos
     return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
 
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; a model has config.json, *.safetensors and tokenizer.json") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds no JSON object")
+    return content
 
 
 def parse_plan(text: str, layers: int) -> str:
@@ -237,6 +241,11 @@ class Cache:
         return Cache(layers, self.positions[:count])
 
     @property
+    def room(self) -> float:
+        """Tokens a sequence that the softmax layers have room for."""
+        return min((layer.key.shape[2] for layer in self.layers if isinstance(layer, SoftmaxCache)), default=math.inf)
+
+    @property
     def bytes(self) -> int:
         return sum(x.numel() * x.element_size() for layer in self.layers for x in layer_tensors(layer).values())
 
@@ -275,7 +284,9 @@ class Model(nn.Module):
 
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """ids [B, T] int64 -> logits [B, T, V]. With a cache the T tokens go on from what it holds, and it is filled in
-        place."""
+        place. Raises ValueError where it has no room for them."""
+        if cache is not None and int(cache.positions.max()) + ids.shape[1] > cache.room:
+            raise ValueError(f"the cache has room for {cache.room} tokens, too few for {ids.shape[1]} more; call cache.resize")
         return self.logits(self.hidden(ids, cache))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -334,10 +345,15 @@ class Model(nn.Module):
         A row's new tokens follow its own prompt; what follows the last of them is filled with it, an end-of-text token in
         most cases. temperature 0 is greedy; otherwise tokens are drawn from the `top_k` likeliest, or the smallest set that
         holds `top_p` of the probability (arXiv 1904.09751). `on_token(row, id)` is called for every new token.
+        Raises ValueError for a prompt without tokens.
         """
         generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
         engine = Engine(self, len(ids), lambda logits: sample(logits, temperature, top_k, top_p, generator))
         lengths = [ids.shape[1]] * len(ids) if lengths is None else lengths.tolist()
+        if min(lengths) < 1:
+            raise ValueError("generate: a prompt has no tokens; give each one at least")
+        if max_new_tokens < 1:
+            return ids
         requests = [Request(row[:length], max_new_tokens, self.config.eos_token_ids) for row, length in zip(ids, lengths)]
         for request in engine.run(deque(requests)):
             if on_token:
@@ -434,8 +450,11 @@ class Engine:
                 chunks = prefill(self.model, reading.prompt, staged)
             if reading:
                 hidden, last = next(chunks)
-                if last:
-                    slot = self.admit(reading, staged)
+                if last:                                                            # its cache moves into the next slot
+                    self.live.append(reading)
+                    self.make_room()
+                    slot = len(self.live) - 1
+                    self.cache.put(slot, staged)
                     self.token[slot] = self.pick(self.model.logits(hidden))
                     reading.output.append(int(self.token[slot]))
                     yield reading
@@ -446,13 +465,6 @@ class Engine:
                     request.output.append(token)
                     yield request
                 self.release()
-
-    def admit(self, request: Request, staged: Cache) -> int:
-        """Moves a prompt's cache into the next slot, and returns which."""
-        self.live.append(request)
-        self.make_room()
-        self.cache.put(len(self.live) - 1, staged)
-        return len(self.live) - 1
 
     def release(self) -> None:
         """Frees the slots of finished requests; the last live sequence moves into each."""
@@ -574,10 +586,9 @@ def find_model(path_or_hub_id: str, revision: str | None = None) -> Path:
     if os.path.isdir(path_or_hub_id):
         return Path(path_or_hub_id)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path_or_hub_id) or path_or_hub_id.startswith("."):
-        raise InputError(f"--model {path_or_hub_id}: no such folder")
+        raise InputError(f"{path_or_hub_id}: no such folder; give that of a model, or a Hub id")
     patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
-    what = f"--model {path_or_hub_id}"
-    return Path(from_hub(snapshot_download, what, repo_id=path_or_hub_id, revision=revision, allow_patterns=patterns))
+    return Path(from_hub(snapshot_download, path_or_hub_id, repo_id=path_or_hub_id, revision=revision, allow_patterns=patterns))
 
 
 def from_hub(download, what: str, **arguments) -> str:
@@ -594,7 +605,7 @@ def from_hub(download, what: str, **arguments) -> str:
         raise InputError(f"{what}: not a local path, and the Hub cannot be reached; check either") from None
     except hub_errors.EntryNotFoundError:
         raise InputError(f"{what}: no such file on the Hub") from None
-    except hub_errors.HfHubHTTPError as error:
+    except hub_errors.HTTPError as error:
         first_line = str(error).strip().partition("\n")[0]
         raise InputError(f"{what}: {first_line}") from None
 
@@ -603,7 +614,7 @@ def read_weights(folder: Path, model: Model, dtype: torch.dtype, device: str) ->
     """The tensors of all safetensors files, one at a time: never two copies of a model in memory. Tail parameters stay
     float32, all else becomes `dtype`. Raises InputError naming each tensor that is missing, unexpected or misshapen."""
     index = folder / "model.safetensors.index.json"
-    names = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    names = set(read_json(index).get("weight_map", {}).values()) if index.exists() else {"model.safetensors"}
     files = [folder / name for name in sorted(names)]
     wanted = dict(model.named_parameters())
     weights, wrong = {}, []
@@ -625,11 +636,11 @@ def read_weights(folder: Path, model: Model, dtype: torch.dtype, device: str) ->
                 shape = tuple(tensors.get_slice(stored).get_shape())
                 if shape != tuple(wanted[name].shape):
                     wrong.append(f"{stored} has shape {shape}, not {tuple(wanted[name].shape)}")
+                    weights[name] = None
                     continue
                 target = torch.float32 if re.search(r"(query_map|key_map|tail_logit)$", name) else dtype
                 weights[name] = torch.empty(shape, dtype=target, device=device).copy_(tensors.get_tensor(stored))
-    seen_wrong = " ".join(wrong)
-    wrong += [f"missing {name}" for name in wanted if name not in weights and name not in seen_wrong]
+    wrong += [f"missing {name}" for name in wanted if name not in weights]
     if wrong:
         shown = "; ".join(wrong[:6]) + (" ..." if wrong[6:] else "")
         raise InputError(f"{folder}: {len(wrong)} tensors do not fit config.json: {shown}")
@@ -641,7 +652,7 @@ def save_model(model: Model, folder: str | Path, source: str | Path) -> None:
     files of `source`. Each file is written under a temporary name and renamed."""
     folder, config = Path(folder), model.config
     folder.mkdir(parents=True, exist_ok=True)
-    raw = {key: x for key, x in config.raw.items() if key not in ("torch_dtype", "layerboost")}
+    raw = {key: x for key, x in config.raw.items() if key not in ("torch_dtype", "layerboost") and x != ["LayerBoostForCausalLM"]}
     raw |= {"model_type": config.model_type, "dtype": str(model.norm.weight.dtype).removeprefix("torch.")}
     if set(config.plan) != {"S"}:      # another name, so that no other program takes it for an ordinary checkpoint
         raw |= {"model_type": "layerboost", "architectures": ["LayerBoostForCausalLM"], "layerboost": {

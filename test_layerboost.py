@@ -501,6 +501,20 @@ def test_generation_repeats_under_a_seed_and_stops_at_the_end_of_text(llama):
     seen = []
     out = model.generate(ids, 20, on_token=lambda row, token: seen.append(token))
     assert seen[-1] == stop and len(seen) <= 3 and set(out[0, 2 + len(seen):].tolist()) == {stop}
+    assert torch.equal(model.generate(ids, 0), ids)
+    with pytest.raises(ValueError, match="no tokens"):
+        model.generate(ids, 5, lengths=torch.tensor([0]))
+
+
+def test_a_full_cache_takes_no_more(llama):
+    model, ids = load_model(str(llama)), torch.randint(0, 700, (1, 8))
+    for first, more in ((4, 1), (2, 4)):
+        cache = model.new_cache(1, 4)
+        model(ids[:, :first], cache=cache)
+        with pytest.raises(ValueError, match="room for 4 tokens"):
+            model(ids[:, first:first + more], cache=cache)
+    cache = convert(model, "LLL").new_cache(1, 0)
+    assert convert(model, "LLL")(ids, cache=cache).shape[1] == 8        # tier L needs none
 
 
 def test_save_then_load_gives_the_same_logits(llama, tmp_path):
@@ -514,6 +528,9 @@ def test_save_then_load_gives_the_same_logits(llama, tmp_path):
     assert not any("layers.2.self_attn" in name or "layers.2.input_layernorm" in name for name in stored)
     assert load_tokenizer(str(tmp_path / "saved")).encode("a b") == load_tokenizer(str(llama)).encode("a b")
     assert json.loads((tmp_path / "saved/config.json").read_text())["model_type"] == "layerboost"
+    save_model(load_model(str(llama), "SLS"), tmp_path / "first", llama)
+    save_model(load_model(str(tmp_path / "first"), "SSS"), tmp_path / "back", llama)
+    assert "architectures" not in json.loads((tmp_path / "back/config.json").read_text())
     with pytest.raises(InputError, match="layer 2 has no attention left"):
         load_model(str(tmp_path / "saved"), "SSS")
 
@@ -544,6 +561,16 @@ def test_configs_that_are_not_supported_say_so(change, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SMALL | CONFIGS["llama"] | change))
     with pytest.raises(InputError, match=message):
         read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(InputError, match="config.json: holds no JSON object"):
+        read_config(tmp_path)
+
+
+def test_the_end_of_a_text_is_that_of_generation_config_where_it_has_one(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | CONFIGS["llama"] | {"eos_token_id": 7}))
+    for content, expected in (({"eos_token_id": [8, 9]}, (8, 9)), ({"eos_token_id": None}, (7,)), ({}, (7,))):
+        (tmp_path / "generation_config.json").write_text(json.dumps(content))
+        assert read_config(tmp_path).eos_token_ids == expected
 
 
 def test_wrong_weights_are_named(tmp_path):
@@ -557,6 +584,11 @@ def test_wrong_weights_are_named(tmp_path):
         load_model(str(folder))
     for part in ("unexpected model.layers.0.mlp.extra", r"model.norm.weight has shape (3,), not (48,)", "missing layers.1.self_attn.q_proj.weight"):
         assert part in str(error.value)
+    weights["model.layers.0.input_layernorm.weight"] = torch.zeros(3)           # its name holds that of one that is missing
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(InputError, match="missing norm.weight"):
+        load_model(str(folder))
     (folder / "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(InputError, match="cannot be read as safetensors"):
         load_model(str(folder))
@@ -570,7 +602,7 @@ def test_wrong_weights_are_named(tmp_path):
     (hub_errors.GatedRepoError, "gated"), (hub_errors.RepositoryNotFoundError, "neither a local path nor on the Hub"),
     (hub_errors.RevisionNotFoundError, "no revision 'v9'"), (hub_errors.LocalEntryNotFoundError, "cannot be reached"),
     (hub_errors.OfflineModeIsEnabled, "cannot be reached"), (hub_errors.EntryNotFoundError, "no such file"), (ConnectionError, "cannot be reached"),
-    (hub_errors.HfHubHTTPError, "--model owner/name: ")])
+    (hub_errors.HfHubHTTPError, "owner/name: "), (hub_errors.HTTPError, "owner/name: ")])
 def test_hub_errors_are_one_line(error, message, monkeypatch):
     def download(**arguments):
         assert arguments["repo_id"] == "owner/name" and "*.safetensors" in arguments["allow_patterns"]
@@ -698,6 +730,9 @@ def test_sliced_kl_equals_the_formula_and_its_gradients(monkeypatch):
         results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     for fast, naive in zip(*results):
         torch.testing.assert_close(fast, naive, rtol=1e-4, atol=1e-6)
+    alone = head.clone().requires_grad_(True)                           # the head's gradient where the student is frozen
+    kernels.sliced_kl(student, teacher, alone, other).backward()
+    torch.testing.assert_close(alone.grad, results[0][2])
 
 
 def test_packing_puts_an_end_of_text_between_documents(llama):
@@ -719,6 +754,12 @@ def test_documents_are_read_from_every_kind_of_file(tmp_path):
         (tmp_path / "b.jsonl").write_text('{"text": "line"}\n' + second)
         with pytest.raises(InputError, match="b.jsonl: line 2"):
             list(distill.read_documents(str(tmp_path / "b.jsonl")))
+    for name, content in (("d.jsonl.gz", b"not zipped"), ("e.jsonl", "\ufeff{}".encode("utf-16"))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=f"{name}: line 1"):
+            list(distill.read_documents(str(tmp_path / name)))
+    with pytest.raises(InputError, match="the file one of .txt"):
+        list(distill.read_documents("hub:owner/dataset/part.parquet"))
     with pytest.raises(InputError, match="--valid .*nowhere: no such file"):
         list(distill.read_documents(str(tmp_path / "nowhere"), "--valid"))
 
@@ -810,6 +851,9 @@ def test_healing_helps_and_resumes_exactly(llama, tmp_path, monkeypatch, full):
     assert torch.equal(again.norm.weight, resumed.norm.weight)
     with pytest.raises(InputError, match=f"was made with lr = {lr}, not 0.1"):
         heal_small(llama, tmp_path / "cut.safetensors", lr=0.1, full=full)
+    (tmp_path / "cut.safetensors").write_bytes(b"half of it")
+    with pytest.raises(InputError, match="cut.safetensors: cannot be read"):
+        heal_small(llama, tmp_path / "cut.safetensors", full=full)
 
 
 def test_a_run_goes_on_to_more_tokens_and_ends_at_fewer(llama, tmp_path, monkeypatch):
@@ -902,11 +946,12 @@ def test_every_sequence_is_read_once_a_pass():
 def test_text_quality_by_its_definition(llama):
     base, other, tokenizer = load_model(str(llama)), boosted(llama), load_tokenizer(str(llama))
     ids = torch.randint(0, 700, (3, 40))
+    ids[0, 7] = tokenizer.added["<|endoftext|>"]
     figures = bench.text_quality({"base": base, "other": other}, base, tokenizer, ids, batch=2)
     p, q = base(ids).log_softmax(-1), other(ids).log_softmax(-1)
     loss = torch.nn.functional.cross_entropy(q[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert figures["other"]["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-4)
-    size = sum(len(tokenizer.decode_bytes(row[1:].tolist())) for row in ids)
+    size = sum(len(tokenizer.decode_bytes([id])) for id in ids[:, 1:].flatten().tolist() if id not in tokenizer.added.values())
     assert figures["other"]["bits_per_byte"] == pytest.approx(float(loss) / math.log(2) * 3 * 39 / size, rel=1e-4)
     assert figures["other"]["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
     assert figures["other"]["agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
@@ -936,10 +981,17 @@ def test_tasks_are_read_and_judged(llama, tmp_path):
     last = {"context": "I saw a", "continuation": "dog"}
     assert bench.task_accuracy([last, last], [[S(-1.0, True)], [S(-3.0, False)]]) == {"items": 2, "accuracy": 0.5, "perplexity": pytest.approx(7.389, abs=1e-3)}
     bad = tmp_path / "bad.jsonl"
-    for second in ('{"question": 1}', "5", "{", json.dumps(item), json.dumps(last | {"continuation": ""})):     # the fourth: of another format
-        bad.write_text(json.dumps(last) + f"\n{second}\n")
+    for first, second in ((last, {"question": 1}), (last, 5), (last, item), (last, last | {"continuation": ""}), (last, last | {"context": " "}),
+                          (last, last | {"continuation": 4}), (item, item | {"gold": 2}), (item, item | {"gold": "1"}), (item, item | {"choices": [3, 4]}),
+                          (options, options | {"context_options": "The cat"})):
+        bad.write_text(json.dumps(first) + f"\n{json.dumps(second)}\n")
         with pytest.raises(InputError, match="bad.jsonl: line 2"):
             bench.read_task(str(bad))
+    bad.write_text("{")
+    with pytest.raises(InputError, match="bad.jsonl: line 1"):
+        bench.read_task(str(bad))
+    bad.write_text(json.dumps(last | {"context": "two\u2028lines"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert bench.read_task(str(bad))[0]["context"] == "two\u2028lines"
     with pytest.raises(InputError, match="different names"):
         bench.read_tasks([str(bad), str(bad)], 1)
 
@@ -1040,6 +1092,7 @@ def test_roofline_of_a_known_shape(capsys):
     assert sum(row["mb"] for row in a10["parts"] if row["model"] == "dense" and row["part"] in ("weights", "head")) == pytest.approx(2 * 134.5, rel=0.01)
     dense, converted = a10["gains"]
     assert dense["slots"] < converted["slots"] == 200 and converted["gain"] > 2.5
+    assert bench.main("roofline --shape smollm2-135m --hardware a10 --lengths 1 --plan uniform:X --dtype float32".split()) == 0
 
 
 # --- the command line --------------------------------------------------------------------------------------------
@@ -1115,8 +1168,8 @@ def test_without_validation_text_the_last_documents_are_held_out(llama, text, tm
     (["--keep", "3", "--drop", "1"], "--keep 3 --drop 1"), (["--plan", "SL"], "give 3 letters"), (["--plan", "uniform:Q"], "give 3 letters"),
     (["--feature-map", "cosine"], "--feature-map 'cosine'"), (["--window", "0", "--feature-map", "none"], "would see nothing"),
     (["--measure", "luck"], "--measure luck"), (["--tokens", "100"], "give at least as many"), (["--measure", "task"], "--tasks FILE"), (["--tasks", "nowhere.jsonl"], "--tasks nowhere.jsonl"),
-    (["--data", "nowhere"], "--data nowhere"), (["--model", "./nowhere"], "--model ./nowhere"), (["--scan", "nowhere.json"], "--scan nowhere.json"),
-    (["--prompt", ""], "--prompt is empty"), (["--prompt", "a", "--temperature", "1", "--top-k", "-1"], "--top-k"), (["--limit", "0", "--tasks", __file__], "is empty")])
+    (["--data", "nowhere"], "--data nowhere"), (["--model", "./nowhere"], "./nowhere: no such folder"), (["--scan", "nowhere.json"], "--scan nowhere.json"),
+    (["--prompt", ""], "--prompt is empty"), (["--prompt", "a", "--temperature", "1", "--top-k", "-1"], "--top-k"), (["--tasks", os.devnull], "is empty"), (["--device", "meta"], "--device meta")])
 def test_bad_input_is_one_line_and_exit_code_2(more, message, llama, text, tmp_path, capsys):
     assert layerboost.main(command(llama, text, tmp_path / "out", *more)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -1138,6 +1191,12 @@ def test_a_scan_of_something_else_is_refused_with_the_difference(llama, text, tm
     assert "was measured with window 16, this run has 32" in capsys.readouterr().err
     assert layerboost.main(command(llama, text, tmp_path / "new", "--scan", str(out / "scan.json"), "--tasks", str(task), "--measure", "task")) == 2
     assert "was measured with --measure kl+recall, this run has task" in capsys.readouterr().err
+    assert layerboost.main(command(llama, text, out, "--plan", "SSL", "--window", "8", "--tokens", "4k")) == 2      # the scan.json there is not read
+    assert "healing.safetensors: was made with window = 16" in capsys.readouterr().err
+    whole = json.loads((out / "scan.json").read_text())
+    (tmp_path / "part.json").write_text(json.dumps(whole | {"layers": whole["layers"][:1]}))
+    assert layerboost.main(command(llama, text, tmp_path / "new", "--scan", str(tmp_path / "part.json"))) == 2
+    assert "part.json: holds 1 of 3 layers" in capsys.readouterr().err
     assert layerboost.main(["--model", str(out), "--data", str(text), "--out", str(tmp_path / "new")]) == 2
     assert "is converted already" in capsys.readouterr().err
     assert layerboost.main(command(llama, text, llama)) == 2
