@@ -6,7 +6,7 @@
                                                 without, and what it is made of; SHAPE as in bench.py
     python results/measure.py attention         milliseconds of tier S's attention against torch's fused kernel: SmolLM2's heads, bfloat16
     python results/measure.py profile MODEL     where the milliseconds go of decoding steps, prompts and a step of healing, bfloat16
-    python results/measure.py rate MODEL B T    tokens a second of distillation, B sequences of T tokens a step, rank 16, bfloat16: to
+    python results/measure.py rate MODEL B T [DTYPE]    tokens a second of distillation, B sequences of T tokens a step, rank 16: to
                                                 be set beside a peer's in alternating runs
 """
 
@@ -86,9 +86,9 @@ def healing_peak(shape: str, recompute: bool) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def healing_rate(path: str, batch: int, context: int, steps: int = 4) -> dict:
+def healing_rate(path: str, batch: int, context: int, dtype: str = "bfloat16", steps: int = 4) -> dict:
     bench.set_up(eager=False)
-    teacher, student = healing_models(load_model(path, dtype=torch.bfloat16))
+    teacher, student = healing_models(load_model(path, dtype=getattr(torch, dtype)))
     teacher.compiled_shapes.add((batch, context))
     optimizer = distill.Optimizer({name: p.requires_grad_(True) for name, p in student.named_parameters() if name.endswith((".A", ".B", "_map", "_logit"))})
     seconds = []
@@ -99,7 +99,7 @@ def healing_rate(path: str, batch: int, context: int, steps: int = 4) -> dict:
         optimizer.step(1e-4)
         seconds.append(time.perf_counter() - start)
     step = sorted(seconds[1:])[steps // 2]              # the first one compiles
-    return {"batch": batch, "context": context, "step_s": round(step, 3), "tokens_per_s": round(batch * context / step, 1),
+    return {"dtype": dtype, "batch": batch, "context": context, "step_s": round(step, 3), "tokens_per_s": round(batch * context / step, 1),
             "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
 
 
@@ -202,7 +202,7 @@ if __name__ == "__main__":
         print(json.dumps({"shape": sys.argv[2], "peak_bytes": peak, "at_least": healing_arithmetic(sys.argv[2])}))
     elif sys.argv[1:2] == ["profile"] and len(sys.argv) == 3:
         print("\n".join(map(json.dumps, profile(sys.argv[2]))))
-    elif sys.argv[1:2] == ["rate"] and len(sys.argv) == 5:
-        print(json.dumps(healing_rate(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))
+    elif sys.argv[1:2] == ["rate"] and len(sys.argv) in (5, 6):
+        print(json.dumps(healing_rate(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])))
     else:
         sys.exit(__doc__)
