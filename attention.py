@@ -31,10 +31,10 @@ class Linear(nn.Linear):
 
 def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """What each of these gives for x: one product where their weights were packed together."""
-    packed, sizes = getattr(layers[0], "packed", None), [getattr(layer, "out_features", 0) for layer in layers]
-    if packed is None or not in_cpp(x) or len(packed) * 16 != sum(sizes):
+    packed = getattr(layers[0], "packed", None)
+    if packed is None or not in_cpp(x):
         return [linear(x, layer.weight, layer.bias) if isinstance(layer, Linear) else layer(x) for layer in layers]
-    parts = torch.ops.layerboost.packed_product(x, packed).split(sizes, dim=-1)
+    parts = torch.ops.layerboost.packed_product(x, packed).split([layer.out_features for layer in layers], dim=-1)
     return [part if layer.bias is None else part + layer.bias for part, layer in zip(parts, layers)]
 
 

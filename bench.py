@@ -207,7 +207,7 @@ def passkey_recall(model: Model, tokenizer: Tokenizer, text: Tensor, lengths=REC
 def read_task(path: str, limit: int | None = None) -> list[dict]:
     """The items of a task file, the first `limit` of them. Raises InputError for a line that is in none of the three formats, or not
     in that of the first line."""
-    items: list[dict] = []
+    items, kinds = [], set()
     try:
         with open(path, encoding="utf-8") as file:
             lines = list(itertools.islice(file, limit))
@@ -218,7 +218,8 @@ def read_task(path: str, limit: int | None = None) -> list[dict]:
             items.append(json.loads(line))
         except json.JSONDecodeError:
             items.append({})
-        if task_format(items[-1]) is None or task_format(items[-1]) != task_format(items[0]):
+        kinds.add(task_format(items[-1]))
+        if None in kinds or len(kinds) > 1:
             raise InputError(f"--tasks {path}: line {number}: give query, choices, gold; or context_options, continuation, gold; or "
                              "context, continuation; texts that are not empty, gold the number of one from 0 on, all lines alike")
     if not items:
