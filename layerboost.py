@@ -182,7 +182,7 @@ def check_scan(path: Path, identity: dict, measures: list[str], n: int) -> list[
     """The layers that a scan file holds. Raises InputError naming the first thing in which it differs from this run: a whole
     one must have the measures that are asked for, one that is to be gone on with no others."""
     made, again = read_json(path), "scan again (leave out --scan, or give another --out)"
-    if not {"identity", "layers"} <= set(made):
+    if not made.get("identity") or not made.get("layers"):
         raise InputError(f"{path}: is no scan file; {again}")
     columns = [m for m in MEASURES if m in made["layers"][0]["X"]]
     if not set(measures) <= set(columns) or len(made["layers"]) < n and set(measures) != set(columns):
