@@ -16,7 +16,7 @@ for report in (json.load(open(path)) for path in reports):
     plan = report["healed"]["plan"]
     pyplot.plot([max(t, 5e3) for t in tokens], kl, marker="o", markersize=3,
                 label=f"{plan.count('S')} S, {plan.count('L')} L, {plan.count('X')} X, {tokens[-1]:,} tokens: KL {report['healed']['kl']:.3f}, agreement {report['healed']['agreement']:.1%}")
-pyplot.xscale("log"), pyplot.ylim(0, 0.9), pyplot.grid(alpha=0.3)
+pyplot.xscale("log"), pyplot.ylim(0, 0.9), pyplot.grid(alpha=0.3)         # the legend lies above the curves
 pyplot.xlabel("tokens seen (at the left edge: none)"), pyplot.ylabel("validation KL to the original, nats a token")
 pyplot.legend(fontsize="small", title="whole runs; the figures are those of their reports", title_fontsize="small")
 pyplot.savefig(out, bbox_inches="tight", metadata={"Date": None})
