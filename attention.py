@@ -23,18 +23,16 @@ from kernels import (Past, apply_rotary, favor_projection, feature_map, feature_
 class Linear(nn.Linear):
     """W x + b."""
 
-    packed: Tensor | None = None        # W as C++ reads it, and after it that of layers with the same input (Model.pack)
-
     def forward(self, x: Tensor) -> Tensor:
-        return linears(x, self)[0]
+        return linear(x, self.weight, self.bias)
 
 
 def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """What each of these gives for x: one product where their weights were packed together."""
-    packed = getattr(layers[0], "packed", None)
-    if packed is None or not in_cpp(x):
-        return [linear(x, layer.weight, layer.bias) if isinstance(layer, Linear) else layer(x) for layer in layers]
-    parts = torch.ops.layerboost.packed_product(x, packed).split([layer.out_features for layer in layers], dim=-1)
+    joined = getattr(getattr(layers[0], "weight", None), "joined", None)
+    if joined is None or not in_cpp(x):
+        return [layer(x) for layer in layers]
+    parts = torch.ops.layerboost.packed_product(x, joined).split([layer.out_features for layer in layers], dim=-1)
     return [part if layer.bias is None else part + layer.bias for part, layer in zip(parts, layers)]
 
 

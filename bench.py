@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 import kernels
 from distill import C4, pack, read_documents
-from kernels import ROWS, by_rows, feature_size, logit_kl
+from kernels import ROWS, by_rows, feature_size, linear, logit_kl
 from model import (Engine, InputError, Model, Request, Tokenizer, convert, load_model, load_tokenizer,
                    parse_plan, prefill, read_config, rotary_frequencies)
 
@@ -112,7 +112,7 @@ def text_quality(models: dict[str, Model], base: Model, tokenizer: Tokenizer, se
 def compare_rows(hidden: Tensor, head: Tensor, base_hidden: Tensor, base_head: Tensor, ids: Tensor) -> Tensor:
     """One sequence [T]: its negative log-likelihood, KL(base || model), and equal top-1 tokens, summed over positions."""
     following = torch.cat((ids[1:], ids.new_zeros(1)))          # nothing is known to follow the last one
-    figures = torch.cat([torch.stack(fused_comparison(h @ head.T, base @ base_head.T, after)) for h, base, after in
+    figures = torch.cat([torch.stack(fused_comparison(linear(h, head), linear(base, base_head), after)) for h, base, after in
                          zip(hidden.split(ROWS), base_hidden.split(ROWS), following.split(ROWS))], dim=1)
     figures[0, -1] = 0                                          # so it counts no likelihood
     return figures.double().sum(1).cpu()
@@ -160,7 +160,7 @@ def score_answers(model: Model, prompts: list[tuple[list[int], list[int]]], desc
 
 def score_hidden(hidden: Tensor, head: Tensor, answer: list[int]) -> Scored:
     """hidden [len(answer), d]: the states that predict each token of the answer."""
-    logits = (hidden @ head.T).float()
+    logits = linear(hidden, head).float()
     answer = torch.tensor(answer, device=logits.device)
     likelihood = logits.log_softmax(-1).gather(-1, answer[:, None]).sum()
     return Scored(float(likelihood), bool((logits.argmax(-1) == answer).all()))
@@ -330,6 +330,8 @@ def evaluate(models: dict[str, Model], base: Model, tokenizer: Tokenizer, valid:
     """The figures of every model under its name: plan, perplexity, bits_per_byte, kl, agreement, recall, recall_by_depth,
     tasks, cache_bytes and decode_tokens_per_second. valid [N, T] ids is the text, and what the passkeys are hidden in, about
     `passkeys` of them at each length."""
+    for model in models.values():
+        model.pack()
     report = {name: {"plan": model.plan} for name, model in models.items()}
     times = decode_times({name: Engine(model, 32) for name, model in models.items()}, 1024)
     for name, figures in text_quality(models, base, tokenizer, valid).items():

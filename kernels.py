@@ -38,11 +38,16 @@ FEATURE_MAPS = ("hedgehog", "elu", "relu", "favor", "none")
 # --- linear layers, rotary embedding and feature maps ------------------------------------------------------------
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """W x + b: [..., inputs] -> [..., outputs]. One row alone, as in the decoding of one sequence, takes as long as reading W."""
-    if x.shape[:-1].numel() != 1 or not in_cpp(weight):
+    """W x + b: [..., inputs] -> [..., outputs]. In C++ where W was packed (`pack`), and for one row alone, as in the decoding of one
+    sequence, which takes as long as reading W."""
+    packed = getattr(weight, "packed", None)
+    if CPP and packed is not None:
+        y = torch.ops.layerboost.packed_product(x, packed, weight)
+    elif x.shape[:-1].numel() == 1 and in_cpp(weight):
+        y = torch.ops.layerboost.row_product(x.float(), weight).to(x.dtype)
+    else:
         return F.linear(x, weight, bias)
-    y = torch.ops.layerboost.row_product(x.float(), weight)
-    return (y if bias is None else y + bias).to(x.dtype)
+    return y if bias is None else y + bias
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -356,7 +361,7 @@ def window_linear_step(query: Tensor, new_key: Tensor, new_value: Tensor, slot: 
 # memory, and caches for all sequences as far as the longest goes; here each sequence's own keys and values are read once. And
 # tier L is a recurrence whose state fits into the processor's nearest cache: taken one token after the other it costs less than
 # the many passes over memory of its form in chunks. A formula of elementwise work is one pass here, and five to ten eagerly.
-# Products with weights are torch's, but of a single row, and of weights that `pack` laid out for long service.
+# Products with weights are torch's, but of a single row, and of weights that `pack` laid out.
 
 CPP = True          # False where there is no C++ compiler (--no-compile): torch's products everywhere
 NUMBERS = {torch.float32: "float", torch.bfloat16: "uint16_t"}
@@ -541,11 +546,35 @@ extern "C" void rotary(int64_t batch, int64_t heads, int64_t tokens, int64_t hal
     }
 }
 
+// M rows of x times 16 outputs, whose weights lie side by side. The sums stay in registers, of which AVX2 has enough for six rows.
+typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+
+template <int M> static void float_tile(int64_t inputs, const float* x, const float* weights, float* out, int64_t out_row) {
+    Eight sum[M][2] = {};
+    for (int64_t k = 0; k < inputs; k++) {
+        Eight first = *(const Eight*)(weights + k * 16), second = *(const Eight*)(weights + k * 16 + 8);
+        #pragma GCC unroll 6
+        for (int m = 0; m < M; m++) sum[m][0] += x[m * inputs + k] * first, sum[m][1] += x[m * inputs + k] * second;
+    }
+    #pragma GCC unroll 6
+    for (int m = 0; m < M; m++) *(Eight*)(out + m * out_row) = sum[m][0], *(Eight*)(out + m * out_row + 8) = sum[m][1];
+}
+
+extern "C" void float_product(int64_t rows, int64_t outputs, int64_t inputs, float* out, const float* x, const float* weights) {
+    #pragma omp parallel for
+    for (int64_t o = 0; o < outputs; o += 16) {
+        int64_t r = 0;
+        for (; r + 6 <= rows; r += 6) float_tile<6>(inputs, x + r * inputs, weights + o * inputs, out + r * outputs + o, outputs);
+        for (; r + 2 <= rows; r += 2) float_tile<2>(inputs, x + r * inputs, weights + o * inputs, out + r * outputs + o, outputs);
+        for (; r < rows; r++) float_tile<1>(inputs, x + r * inputs, weights + o * inputs, out + r * outputs + o, outputs);
+    }
+}
+
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 
-// M rows of x times 32 outputs, kept in registers, a pair of inputs at a time; meanwhile the weights of the next 32 are fetched. The pairs
-// of 16 outputs lie side by side, as vdpbf16ps takes them, and `stripe` numbers further those of the next 16.
+// The same in bf16, for 32 outputs, a pair of inputs at a time; meanwhile the weights of the next 32 are fetched. The pairs of 16 outputs
+// lie side by side, as vdpbf16ps takes them, and `stripe` numbers further those of the next 16.
 template <int M> static void tile(int64_t pairs, const int32_t* x, int64_t row, const uint16_t* weights, int64_t stripe, uint16_t* out,
                                   int64_t out_row, bool fetch) {
     __m512 sum[M][2] = {};
@@ -633,10 +662,16 @@ def eager_in_cpp(x: Tensor) -> bool:
 
 
 def multiplies_pairs(x: Tensor) -> bool:
-    """Whether products of pairs in C++ exist for this, and are the fastest: they are on processors with AVX-512 bf16 and without AMX
-    (Zen 4, say)."""
+    """Whether products of pairs of bf16 in C++ exist for this, and are the fastest: they are on processors with AVX-512 bf16 and without
+    AMX (Zen 4, say)."""
     cpu = torch.cpu.get_capabilities()
     return x.device.type == "cpu" and x.dtype == torch.bfloat16 and bool(cpu.get("avx512_bf16")) and not cpu.get("amx_bf16")
+
+
+def multiplies_eights(x: Tensor) -> bool:
+    """The same for float32, eight at a time, on processors with AVX2 and without AVX-512 (Zen 3, say)."""
+    cpu = torch.cpu.get_capabilities()
+    return x.device.type == "cpu" and x.dtype == torch.float32 and bool(cpu.get("avx2")) and not cpu.get("avx512_f")
 
 
 def scaled(query: Tensor) -> Tensor:
@@ -682,21 +717,25 @@ def row_product(x, weight) -> Tensor:
     return call("row_product", (1, 1, weight.dtype), x.new_empty((*x.shape[:-1], len(weight))), weight.shape, (x, weight))
 
 
-def pack(*weights: Tensor) -> Tensor | None:
-    """Matrices of as many columns, one below the other, as `packed_product` reads them: [outputs / 16, inputs / 2, 16, 2]. Kept with
-    the first, so made once; what is written to it later is not seen. None where there is no such product."""
+def pack(*weights: Tensor) -> None:
+    """Lays frozen matrices with the same input out as products in C++ read them, where those are the fastest: [outputs / 16, inputs / P,
+    16, P], with P = 2 in bf16 and 1 in float32. Kept with the first as `joined`, one below the other, and with each as `packed`, its part
+    of that, where `linear` finds it; so it is made once, and what is written to a matrix later is not seen."""
     first, outputs, inputs = weights[0], sum(map(len, weights)), weights[0].shape[1]
-    if not CPP or not multiplies_pairs(first) or outputs % 32 or inputs % 2:
-        return None
-    if not hasattr(first, "packed"):
-        first.packed = torch.cat([w.detach() for w in weights]).view(outputs // 16, 16, inputs // 2, 2).transpose(1, 2).contiguous()
-    return first.packed
+    pair = 2 if first.dtype == torch.bfloat16 else 1
+    if not CPP or not (multiplies_pairs(first) or multiplies_eights(first)) or outputs % 32 or inputs % pair or hasattr(first, "joined"):
+        return
+    first.joined = torch.cat([w.detach() for w in weights]).view(outputs // 16, 16, inputs // pair, pair).transpose(1, 2).contiguous()
+    if not any(len(w) % 32 for w in weights):
+        for weight, part in zip(weights, first.joined.split([len(w) // 16 for w in weights])):
+            weight.packed = part
 
 
-def packed_product(x, packed) -> Tensor:
+def packed_product(x, packed, weight=None) -> Tensor:
+    """x W^T from the packed W; its gradient, by x alone, needs W as it was."""
     outputs, inputs = packed.shape[0] * 16, x.shape[-1]
-    out = x.new_empty((*x.shape[:-1], outputs))
-    return call("packed_product", (1, 1, x.dtype), out, (x.numel() // inputs, outputs, inputs), (x, packed))
+    return call("packed_product" if x.dtype == torch.bfloat16 else "float_product", (1, 1, x.dtype), x.new_empty((*x.shape[:-1], outputs)),
+                (x.numel() // inputs, outputs, inputs), (x, packed))
 
 
 def attention_prompt(query, key, value, start, sliding_window) -> Tensor:
@@ -727,10 +766,13 @@ for run, fake, schema in (
         (attention_prompt, lambda query, *rest: query.new_empty(query.shape),
          "Tensor query, Tensor key, Tensor value, Tensor start, int sliding_window"),
         (row_product, lambda x, weight: x.new_empty((*x.shape[:-1], len(weight))), "Tensor x, Tensor weight"),
-        (packed_product, lambda x, packed: x.new_empty((*x.shape[:-1], packed.shape[0] * 16)), "Tensor x, Tensor packed")):
+        (packed_product, lambda x, packed, weight=None: x.new_empty((*x.shape[:-1], packed.shape[0] * 16)),
+         "Tensor x, Tensor packed, Tensor? weight=None")):
     torch.library.define(f"layerboost::{run.__name__}", f"({schema}) -> Tensor")
     torch.library.impl(f"layerboost::{run.__name__}", "CPU", run)
     torch.library.register_fake(f"layerboost::{run.__name__}", fake)
+torch.library.register_autograd("layerboost::packed_product", lambda ctx, grad: (grad @ ctx.saved_tensors[0], None, None),
+                                setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[2]))
 
 
 # --- divergence of two models ------------------------------------------------------------------------------------
@@ -774,7 +816,7 @@ class SlicedKL(torch.autograd.Function):
         grad_head = torch.zeros_like(student_head, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for start in range(0, student.shape[0], ROWS):
             part = slice(start, start + ROWS)
-            logits = student[part] @ student_head.T, teacher[part] @ teacher_head.T         # (rows, V)
+            logits = linear(student[part], student_head), linear(teacher[part], teacher_head)        # (rows, V)
             if grad_student is None and grad_head is None:
                 total += fused_kl(*logits).sum()
                 continue

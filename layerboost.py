@@ -34,7 +34,7 @@ import kernels
 from bench import (RECALL_LENGTHS, cache_bytes, evaluate, format_table, mean, passkey_prompts, pick_device, pick_dtype,
                    positive, read_task, read_tasks, score_hidden, set_up, table, task_accuracy, task_prompts)
 from distill import C4, Diverged, Healing, gather, heal, pack, rank_and_world, read_documents, tail_names
-from kernels import ROWS, fused_kl
+from kernels import ROWS, fused_kl, linear
 from model import (InputError, Model, Tokenizer, convert, find_model, load_model, load_tokenizer, parse_plan, read_json,
                    save_model, write_file)
 
@@ -77,10 +77,10 @@ def kl_probe(model: Model, sequences: Tensor):
     """
     batches = list(sequences.to(model.device).split(2))
     sampled = lambda hidden: hidden[:, ::2].flatten(0, 1).split(ROWS)
-    base = [[rows @ model.head.T for rows in sampled(model.hidden(ids))] for ids in batches]
+    base = [[linear(rows, model.head) for rows in sampled(model.hidden(ids))] for ids in batches]
 
     def damage(hiddens: list[Tensor]) -> dict[str, float]:
-        kl = torch.cat([fused_kl(rows @ model.head.T, logits) for kept, hidden in zip(base, hiddens)
+        kl = torch.cat([fused_kl(linear(rows, model.head), logits) for kept, hidden in zip(base, hiddens)
                         for logits, rows in zip(kept, sampled(hidden))]).view(len(sequences), -1)   # (sequences, T / 2)
         half, quarter = len(kl) // 2, kl.shape[1] // 4
         columns = {"kl": kl, f"kl, tokens to {2 * quarter}": kl[:, :quarter],
@@ -345,6 +345,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
         raise InputError(f"--out {out}: is the folder of the original; give another")
     settings, measures, tiers, plan = check_arguments(model, args)
     tasks = read_tasks(args.tasks, args.limit)
+    model.pack()
     train, valid = read_text(args, tokenizer, model, settings)
     longest = min(SCAN_CONTEXT, model.config.max_position_embeddings)
     calibration = train.flatten().unfold(0, longest, longest)[:SCAN_SEQUENCES]

@@ -262,7 +262,7 @@ class Model(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.compiled_shapes, self.recompute, self.packed_head = config, set(), False, None
+        self.config, self.compiled_shapes, self.recompute = config, set(), False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -291,18 +291,16 @@ class Model(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] after the final norm -> [..., V]"""
-        if self.packed_head is not None and in_cpp(hidden):
-            return torch.ops.layerboost.packed_product(hidden, self.packed_head)
         return linear(hidden, self.head)
 
     def pack(self) -> None:
         """Lays the weights out for products in C++ where this processor has them (`pack` of kernels.py), those that read the same input
-        together: a second copy of them in memory, one for all plans of a model. Gradients need the first."""
+        together: a second copy of them in memory, one for all plans of a model, for long work on weights that stay. Gradients need the first."""
         for layer in self.layers:
             a, mlp = layer.self_attn, layer.mlp
             for group in ((mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)) + (((a.q_proj, a.k_proj, a.v_proj), (a.o_proj,)) if a else ()):
-                group[0].packed = pack(*(linear.weight for linear in group))
-        self.packed_head = pack(self.head)
+                pack(*(linear.weight for linear in group))
+        pack(self.head)
 
     @with_stack
     def hidden(self, ids: Tensor, cache: Cache | None = None) -> Tensor:

@@ -267,24 +267,32 @@ def test_softmax_attention_in_bfloat16_equals_the_formula(tokens, keys, sliding_
     assert (actual.float() - expected).norm() / expected.norm() < 0.01
 
 
-def test_packed_products_equal_those_of_torch(llama):
-    """Of every split of the rows into tiles of 12, 4 and 1, and in a model some of whose matrices fit."""
-    first, second = (torch.nn.Parameter(torch.randn(rows, 70).bfloat16()) for rows in (80, 16))
-    packed = kernels.pack(first, second)
-    if packed is None:
-        pytest.skip("a processor without AVX-512 bf16, or with AMX")
-    assert kernels.pack(first, second) is packed and kernels.pack(first.float(), second.float()) is None and kernels.pack(second) is None
+@pytest.mark.parametrize("dtype,near", [(torch.bfloat16, 2**-8), (torch.float32, 1e-5)])
+def test_packed_products_equal_those_of_torch(llama, dtype, near):
+    """Of every split of the rows into tiles, with their gradients, alone and joined, and in a model some of whose matrices fit."""
+    first, second, third = (torch.nn.Parameter(torch.randn(rows, 70).to(dtype), requires_grad=False) for rows in (96, 32, 16))
+    kernels.pack(first, second), kernels.pack(third)
+    if not hasattr(first, "joined"):
+        pytest.skip("a processor on which torch's products are the fastest")
+    joined = first.joined
+    kernels.pack(first, second)
+    assert first.joined is joined and not hasattr(third, "joined")
     for rows in (1, 3, 4, 7, 12, 31):
-        x = torch.randn(2, rows, 70).bfloat16()
-        ours = torch.ops.layerboost.packed_product(x, packed).float()
-        torch.testing.assert_close(ours, x.float() @ torch.cat((first, second)).float().T, rtol=2**-8, atol=1e-4)
+        x = torch.randn(2, rows, 70).to(dtype).requires_grad_()
+        exact = x.detach().float() @ torch.cat((first, second)).float().T
+        torch.testing.assert_close(torch.ops.layerboost.packed_product(x, joined, None).float(), exact, rtol=near, atol=1e-4)
+        for weight, part in ((first, exact[..., :96]), (second, exact[..., 96:])):
+            y = kernels.linear(x, weight)
+            torch.testing.assert_close(y.float(), part, rtol=near, atol=1e-4)
+            grad = torch.randn_like(y)
+            torch.testing.assert_close(torch.autograd.grad(y, x, grad)[0], grad @ weight)
     for folder in (llama, write_model(llama / "qwen2", CONFIGS["qwen2"])):             # the second has biases
-        model, ids = load_model(str(folder), dtype=torch.bfloat16), torch.randint(0, 90, (2, 50))
-        exact, before = load_model(str(folder))(ids), model(ids)
+        model, ids = load_model(str(folder), dtype=dtype), torch.randint(0, 90, (2, 50))
+        exact, before = load_model(str(folder), dtype=torch.float64)(ids), model(ids)
         model.pack()
         attention, mlp = model.layers[0].self_attn, model.layers[0].mlp
-        assert all(x is not None for x in (attention.q_proj.packed, mlp.gate_proj.packed, model.packed_head)) and mlp.down_proj.packed is None
-        assert (model(ids) - exact).std() < 1.2 * (before - exact).std() < 0.05              # no further from float32 than without
+        assert all(hasattr(w, "joined") for w in (attention.q_proj.weight, mlp.gate_proj.weight, model.head)) and not hasattr(mlp.down_proj.weight, "joined")
+        assert (model(ids) - exact).std() < 1.2 * (before - exact).std() < 0.05              # no further from the exact ones than without
 
 
 def test_a_missing_compiler_is_named(llama, monkeypatch, capsys):

@@ -255,6 +255,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=token_count, default=49152)
     args = parser.parse_args()
     teacher, tokenizer = load_model(args.model, dtype=torch.bfloat16), load_tokenizer(args.model)
+    teacher.pack()
     eos = teacher.config.eos_token_ids
     train = pack(read_documents(args.data), tokenizer, eos, 1024)
     valid = pack(read_documents(args.valid, "--valid"), tokenizer, eos, 1024, 16 * 1024)

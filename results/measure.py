@@ -31,6 +31,7 @@ from model import Engine, Request, convert, load_model, load_tokenizer, prefill
 
 def scan_cost(path: str) -> dict:
     model, tokenizer = load_model(path, dtype=torch.bfloat16), load_tokenizer(path)
+    model.pack()
     layerboost.SCAN_RECALL = {768: 1}                   # the product's measures on an eighth of its text
     torch.manual_seed(0)
     sequences = torch.randint(100, model.config.vocab_size - 100, (1, 1024))
@@ -88,7 +89,9 @@ def healing_peak(shape: str, recompute: bool) -> int:
 
 def healing_rate(path: str, batch: int, context: int, dtype: str = "bfloat16", steps: int = 4) -> dict:
     bench.set_up(eager=False)
-    teacher, student = healing_models(load_model(path, dtype=getattr(torch, dtype)))
+    model = load_model(path, dtype=getattr(torch, dtype))
+    model.pack()
+    teacher, student = healing_models(model)
     teacher.compiled_shapes.add((batch, context))
     optimizer = distill.Optimizer({name: p.requires_grad_(True) for name, p in student.named_parameters() if name.endswith((".A", ".B", "_map", "_logit"))})
     seconds = []
