@@ -14,8 +14,8 @@ exponents for safety is subtracted from a_i and from b alike, so the mix does no
 
 `naive_window_linear_attention` is that formula with [T, T] masks, and the reference for all else in this file.
 `window_linear_attention` is the same in chunks: O(T (window + sinks + F)) time and O(T) memory. `window_linear_step`
-is one token of it in O(window + sinks + F), whatever the context length. Not all of it is torch: on a CPU and without
-gradients, attention, short formulas and products with weights run in C++ where that is faster (towards the end).
+is one token of it in O(window + sinks + F), whatever the context length. Not all of it is torch: on a CPU attention and short
+formulas without gradients, and products with frozen weights, run in C++ where that is faster (towards the end).
 
 Shapes: B batch, T tokens, H query heads, G key/value heads (each serves H / G query heads), D head size, F features.
 """
@@ -355,13 +355,13 @@ def window_linear_step(query: Tensor, new_key: Tensor, new_value: Tensor, slot: 
     return (numerator / denominator).view(query.shape).to(query.dtype)
 
 
-# --- in C++, on a CPU and without gradients ----------------------------------------------------------------------
+# --- in C++, on a CPU --------------------------------------------------------------------------------------------
 #
 # A decoding step's time goes into reading caches and weights. torch's products of a few rows read them at half of the speed of
 # memory, and caches for all sequences as far as the longest goes; here each sequence's own keys and values are read once. And
 # tier L is a recurrence whose state fits into the processor's nearest cache: taken one token after the other it costs less than
 # the many passes over memory of its form in chunks. A formula of elementwise work is one pass here, and five to ten eagerly.
-# Products with weights are torch's, but of a single row, and of weights that `pack` laid out.
+# Products with weights are torch's, but of a single row, and of weights that `pack` laid out; these alone have a gradient.
 
 CPP = True          # False where there is no C++ compiler (--no-compile): torch's products everywhere
 NUMBERS = {torch.float32: "float", torch.bfloat16: "uint16_t"}
@@ -561,12 +561,13 @@ template <int M> static void float_tile(int64_t inputs, const float* x, const fl
 }
 
 extern "C" void float_product(int64_t rows, int64_t outputs, int64_t inputs, float* out, const float* x, const float* weights) {
-    #pragma omp parallel for
-    for (int64_t o = 0; o < outputs; o += 16) {
-        int64_t r = 0;
-        for (; r + 6 <= rows; r += 6) float_tile<6>(inputs, x + r * inputs, weights + o * inputs, out + r * outputs + o, outputs);
-        for (; r + 2 <= rows; r += 2) float_tile<2>(inputs, x + r * inputs, weights + o * inputs, out + r * outputs + o, outputs);
-        for (; r < rows; r++) float_tile<1>(inputs, x + r * inputs, weights + o * inputs, out + r * outputs + o, outputs);
+    int64_t block = std::max<int64_t>(1, (1 << 20) / inputs / 6) * 6, blocks = (rows + block - 1) / block;  // of rows: 4 MiB stay in a cache
+    #pragma omp parallel for schedule(dynamic, 4)
+    for (int64_t i = 0; i < blocks * (outputs / 16); i++) {
+        int64_t o = i % (outputs / 16) * 16, r = i / (outputs / 16) * block, end = std::min(rows, r + block);
+        for (; r + 6 <= end; r += 6) float_tile<6>(inputs, x + r * inputs, weights + o * inputs, out + r * outputs + o, outputs);
+        for (; r + 2 <= end; r += 2) float_tile<2>(inputs, x + r * inputs, weights + o * inputs, out + r * outputs + o, outputs);
+        for (; r < end; r++) float_tile<1>(inputs, x + r * inputs, weights + o * inputs, out + r * outputs + o, outputs);
     }
 }
 

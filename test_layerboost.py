@@ -277,7 +277,7 @@ def test_packed_products_equal_those_of_torch(llama, dtype, near):
     joined = first.joined
     kernels.pack(first, second)
     assert first.joined is joined and not hasattr(third, "joined")
-    for rows in (1, 3, 4, 7, 12, 31):
+    for rows in (1, 3, 4, 7, 12, 31, 8000):
         x = torch.randn(2, rows, 70).to(dtype).requires_grad_()
         exact = x.detach().float() @ torch.cat((first, second)).float().T
         torch.testing.assert_close(torch.ops.layerboost.packed_product(x, joined, None).float(), exact, rtol=near, atol=1e-4)

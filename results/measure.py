@@ -8,6 +8,7 @@
     python results/measure.py profile MODEL     where the milliseconds go of decoding steps, prompts and a step of healing, bfloat16
     python results/measure.py rate MODEL B T [DTYPE]    tokens a second of distillation, B sequences of T tokens a step, rank 16: to
                                                 be set beside a peer's in alternating runs
+    python results/measure.py packed MODEL [DTYPE]      milliseconds with torch's products and with those of packed weights, in turn
 """
 
 import json
@@ -87,23 +88,59 @@ def healing_peak(shape: str, recompute: bool) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def healing_step(model, batch: int, context: int):
+    """A function that takes a step of distillation on random ids; its first call compiles."""
+    teacher, student = healing_models(model)
+    teacher.compiled_shapes.add((batch, context))
+    optimizer = distill.Optimizer({name: p.requires_grad_(True) for name, p in student.named_parameters() if name.endswith((".A", ".B", "_map", "_logit"))})
+
+    def step() -> None:
+        distill.distillation(teacher, student, torch.randint(100, model.config.vocab_size - 100, (batch, context)))
+        optimizer.step(1e-4)
+    return step
+
+
 def healing_rate(path: str, batch: int, context: int, dtype: str = "bfloat16", steps: int = 4) -> dict:
     bench.set_up(eager=False)
     model = load_model(path, dtype=getattr(torch, dtype))
     model.pack()
-    teacher, student = healing_models(model)
-    teacher.compiled_shapes.add((batch, context))
-    optimizer = distill.Optimizer({name: p.requires_grad_(True) for name, p in student.named_parameters() if name.endswith((".A", ".B", "_map", "_logit"))})
-    seconds = []
+    run, seconds = healing_step(model, batch, context), []
     for _ in range(steps + 1):
-        ids = torch.randint(100, teacher.config.vocab_size - 100, (batch, context))
         start = time.perf_counter()
-        distill.distillation(teacher, student, ids)
-        optimizer.step(1e-4)
+        run()
         seconds.append(time.perf_counter() - start)
     step = sorted(seconds[1:])[steps // 2]              # the first one compiles
     return {"dtype": dtype, "batch": batch, "context": context, "step_s": round(step, 3), "tokens_per_s": round(batch * context / step, 1),
             "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
+
+
+def packed_times(path: str, dtype: str = "float32"):
+    """Least and median milliseconds of the dense model; in the compiled steps torch's products are oneDNN's, of constants it packed itself."""
+    bench.set_up(eager=False)
+    models = {"torch": load_model(path, dtype=getattr(torch, dtype)), "packed": load_model(path, dtype=getattr(torch, dtype))}
+    models["torch"].pack = lambda: None
+    models["packed"].pack()
+
+    def in_turn(what: str, runs: dict, repeats: int) -> dict:
+        seconds = {name: [] for name in runs}
+        for _ in range(repeats + 1):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - start)
+        least_and_median = lambda times: [round(1e3 * x, 1) for x in (min(times), sorted(times)[len(times) // 2])]
+        return {"dtype": dtype, "what": what} | {name: least_and_median(times[1:]) for name, times in seconds.items()}
+
+    with torch.inference_mode():
+        for tokens in (64, 1024):
+            ids = torch.randint(100, 1000, (1, tokens))
+            yield in_turn(f"forward pass of {tokens} tokens and the head", {name: lambda m=m: m(ids) for name, m in models.items()}, 5)
+        for batch, context, compiled in ((32, 1024, False), (1, 512, True), (16, 512, True)):
+            engines = {name: Engine(m, batch, compiled=compiled) for name, m in models.items()}
+            times = bench.decode_times(engines, context)
+            yield {"dtype": dtype, "what": f"step of {batch} x {context}, {'compiled' if compiled else 'eager'}"} | {
+                name: [round(1e3 * bench.quantile(seconds, q), 1) for q in (0, 0.5)] for name, seconds in times.items()}
+    yield in_turn("step of healing, 1 x 512", {name: healing_step(m, 1, 512) for name, m in models.items()}, 6)
 
 
 KINDS = {"weights": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "layerboost::row_product", "layerboost::packed_product"),
@@ -141,11 +178,7 @@ def profile(path: str) -> list[dict]:
                 rows.append(measured(f"step of {batch} x {context}", name, lambda: engine.step().tolist(), 10))
             prompt = torch.randint(0, 1000, (512,))
             rows.append(measured("prompt of 512", name, lambda: [hidden for hidden, _ in prefill(model, prompt, model.new_cache(1, 0))], 5))
-    teacher, student = healing_models(dense)
-    teacher.compiled_shapes.add((1, 512))
-    optimizer = distill.Optimizer({name: p.requires_grad_(True) for name, p in student.named_parameters() if name.endswith((".A", ".B", "_map", "_logit"))})
-    step = lambda: (distill.distillation(teacher, student, torch.randint(0, 1000, (1, 512))), optimizer.step(1e-4))
-    return rows + [measured("healing, 1 x 512", "converted", step, 3)]
+    return rows + [measured("healing, 1 x 512", "converted", healing_step(dense, 1, 512), 3)]
 
 
 def attention_times() -> list[dict]:
@@ -207,5 +240,8 @@ if __name__ == "__main__":
         print("\n".join(map(json.dumps, profile(sys.argv[2]))))
     elif sys.argv[1:2] == ["rate"] and len(sys.argv) in (5, 6):
         print(json.dumps(healing_rate(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])))
+    elif sys.argv[1:2] == ["packed"] and len(sys.argv) in (3, 4):
+        for row in packed_times(*sys.argv[2:]):
+            print(json.dumps(row), flush=True)
     else:
         sys.exit(__doc__)
