@@ -30,7 +30,7 @@ class Linear(nn.Linear):
 def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """What each of these gives for x: one product where their weights were packed together."""
     joined = getattr(getattr(layers[0], "weight", None), "joined", None)
-    if joined is None or not in_cpp(x):
+    if joined is None or joined.dtype != x.dtype or not in_cpp(x):
         return [layer(x) for layer in layers]
     parts = torch.ops.layerboost.packed_product(x, joined).split([layer.out_features for layer in layers], dim=-1)
     return [part if layer.bias is None else part + layer.bias for part, layer in zip(parts, layers)]

@@ -38,10 +38,10 @@ FEATURE_MAPS = ("hedgehog", "elu", "relu", "favor", "none")
 # --- linear layers, rotary embedding and feature maps ------------------------------------------------------------
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """W x + b: [..., inputs] -> [..., outputs]. In C++ where W was packed (`pack`), and for one row alone, as in the decoding of one
-    sequence, which takes as long as reading W."""
+    """W x + b: [..., inputs] -> [..., outputs]. In C++ where W was packed (`pack`) and does not learn, and for one row alone, as in the
+    decoding of one sequence, which takes as long as reading W."""
     packed = getattr(weight, "packed", None)
-    if CPP and packed is not None:
+    if CPP and packed is not None and packed.dtype == x.dtype and not weight.requires_grad:
         y = torch.ops.layerboost.packed_product(x, packed, weight)
     elif x.shape[:-1].numel() == 1 and in_cpp(weight):
         y = torch.ops.layerboost.row_product(x.float(), weight).to(x.dtype)

@@ -286,6 +286,9 @@ def test_packed_products_equal_those_of_torch(llama, dtype, near):
             torch.testing.assert_close(y.float(), part, rtol=near, atol=1e-4)
             grad = torch.randn_like(y)
             torch.testing.assert_close(torch.autograd.grad(y, x, grad)[0], grad @ weight)
+    first.requires_grad_(True)                                                        # what learns is not read from a copy of it
+    assert torch.autograd.grad(kernels.linear(x, first).sum(), first)[0].any()
+    assert kernels.linear(x.double(), first.requires_grad_(False).double()).dtype == torch.float64
     for folder in (llama, write_model(llama / "qwen2", CONFIGS["qwen2"])):             # the second has biases
         model, ids = load_model(str(folder), dtype=dtype), torch.randint(0, 90, (2, 50))
         exact, before = load_model(str(folder), dtype=torch.float64)(ids), model(ids)
