@@ -718,6 +718,7 @@ def row_product(x, weight) -> Tensor:
     return call("row_product", (1, 1, weight.dtype), x.new_empty((*x.shape[:-1], len(weight))), weight.shape, (x, weight))
 
 
+@torch.inference_mode(False)            # an engine asks for it in that mode, and healing can come after
 def pack(*weights: Tensor) -> None:
     """Lays frozen matrices with the same input out as products in C++ read them, where those are the fastest: [outputs / 16, inputs / P,
     16, P], with P = 2 in bf16 and 1 in float32. Kept with the first as `joined`, one below the other, and with each as `packed`, its part

@@ -271,12 +271,13 @@ def test_softmax_attention_in_bfloat16_equals_the_formula(tokens, keys, sliding_
 def test_packed_products_equal_those_of_torch(llama, dtype, near):
     """Of every split of the rows into tiles, with their gradients, alone and joined, and in a model some of whose matrices fit."""
     first, second, third = (torch.nn.Parameter(torch.randn(rows, 70).to(dtype), requires_grad=False) for rows in (96, 32, 16))
-    kernels.pack(first, second), kernels.pack(third)
+    with torch.inference_mode():                                                      # as an engine does, before any gradient
+        kernels.pack(first, second), kernels.pack(third)
     if not hasattr(first, "joined"):
         pytest.skip("a processor on which torch's products are the fastest")
     joined = first.joined
     kernels.pack(first, second)
-    assert first.joined is joined and not hasattr(third, "joined")
+    assert first.joined is joined and not joined.is_inference() and not hasattr(third, "joined")
     for rows in (1, 3, 4, 7, 12, 31, 8000):
         x = torch.randn(2, rows, 70).to(dtype).requires_grad_()
         exact = x.detach().float() @ torch.cat((first, second)).float().T
@@ -288,14 +289,22 @@ def test_packed_products_equal_those_of_torch(llama, dtype, near):
             torch.testing.assert_close(torch.autograd.grad(y, x, grad)[0], grad @ weight)
     first.requires_grad_(True)                                                        # what learns is not read from a copy of it
     assert torch.autograd.grad(kernels.linear(x, first).sum(), first)[0].any()
-    assert kernels.linear(x.double(), first.requires_grad_(False).double()).dtype == torch.float64
+    layers = [attention.Linear(70, len(w), bias=False) for w in (first, second)]
+    for layer, weight in zip(layers, (first, second)):
+        layer.weight = weight.requires_grad_(False)
+        layer.to(torch.float32 if dtype == torch.bfloat16 else torch.bfloat16)
+    with torch.no_grad():                                                             # nor what has another precision by now
+        x = x.to(first.dtype)
+        for y, layer in zip(attention.linears(x, *layers), layers):
+            assert torch.equal(y, x @ layer.weight.T) and torch.equal(layer(x), y)
     for folder in (llama, write_model(llama / "qwen2", CONFIGS["qwen2"])):             # the second has biases
         model, ids = load_model(str(folder), dtype=dtype), torch.randint(0, 90, (2, 50))
-        exact, before = load_model(str(folder), dtype=torch.float64)(ids), model(ids)
-        model.pack()
-        attention, mlp = model.layers[0].self_attn, model.layers[0].mlp
-        assert all(hasattr(w, "joined") for w in (attention.q_proj.weight, mlp.gate_proj.weight, model.head)) and not hasattr(mlp.down_proj.weight, "joined")
-        assert (model(ids) - exact).std() < 1.2 * (before - exact).std() < 0.05              # no further from the exact ones than without
+        with torch.no_grad():
+            exact, before = load_model(str(folder), dtype=torch.float64)(ids), model(ids)
+            model.pack()
+            attend, mlp = model.layers[0].self_attn, model.layers[0].mlp
+            assert all(hasattr(w, "joined") for w in (attend.q_proj.weight, mlp.gate_proj.weight, model.head)) and not hasattr(mlp.down_proj.weight, "joined")
+            assert (model(ids) - exact).std() < 1.2 * (before - exact).std() < 0.05          # no further from the exact ones than without
 
 
 def test_a_missing_compiler_is_named(llama, monkeypatch, capsys):
