@@ -34,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from attention import Linear, RMSNorm, SoftmaxAttention, SoftmaxCache, WindowLinearAttention, linears
 from kernels import FEATURE_MAPS, in_cpp, linear, pack, swiglu
 
+FLOAT32 = re.compile(r"(query_map|key_map|tail_logit|frequencies)$")        # these keep it, whatever the model's dtype
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
@@ -268,6 +269,15 @@ class Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
+
+    def _apply(self, function, recurse=True):
+        """`.to(dtype)`, `.bfloat16()` and the like, which leave what is FLOAT32 as it is."""
+        exact = {name: x.data for name, x in (*self.named_parameters(), *self.named_buffers()) if FLOAT32.search(name)}
+        super()._apply(function, recurse)
+        for name, x in (*self.named_parameters(), *self.named_buffers()):
+            if name in exact and x.dtype != torch.float32:
+                x.data = exact[name].to(x.device)
+        return self
 
     @property
     def plan(self) -> str:
@@ -636,7 +646,7 @@ def read_weights(folder: Path, model: Model, dtype: torch.dtype, device: str) ->
                     wrong.append(f"{stored} has shape {shape}, not {tuple(wanted[name].shape)}")
                     weights[name] = None
                     continue
-                target = torch.float32 if re.search(r"(query_map|key_map|tail_logit)$", name) else dtype
+                target = torch.float32 if FLOAT32.search(name) else dtype
                 weights[name] = torch.empty(shape, dtype=target, device=device).copy_(tensors.get_tensor(stored))
     wrong += [f"missing {name}" for name in wanted if name not in weights]
     if wrong:
