@@ -18,5 +18,5 @@ for report in (json.load(open(path)) for path in reports):
                 label=f"{plan.count('S')} S, {plan.count('L')} L, {plan.count('X')} X, {tokens[-1]:,} tokens: KL {report['healed']['kl']:.3f}, agreement {report['healed']['agreement']:.1%}")
 pyplot.xscale("log"), pyplot.ylim(0, 0.9), pyplot.grid(alpha=0.3)         # the legend lies above the curves
 pyplot.xlabel("tokens seen (at the left edge: none)"), pyplot.ylabel("validation KL to the original, nats a token")
-pyplot.legend(fontsize="small", title="whole runs; the figures are those of their reports", title_fontsize="small")
+pyplot.legend(fontsize="small", title="the figures are those of the reports", title_fontsize="small")
 pyplot.savefig(out, bbox_inches="tight", metadata={"Date": None})
