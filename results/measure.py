@@ -2,8 +2,8 @@
 
     python results/measure.py scan MODEL        our scan against a naive one that runs every altered model whole, same numbers
     python results/measure.py memory            peak memory of tier L's parallel form against the number of tokens
-    python results/measure.py healing SHAPE     peak memory of healing one sequence of 1,024 tokens, with activation checkpointing and
-                                                without, and what it is made of; SHAPE as in bench.py
+    python results/measure.py healing SHAPE [DTYPE]     peak memory of healing one sequence of 1,024 tokens, with activation checkpointing
+                                                and without, and what it is made of; SHAPE as in bench.py
     python results/measure.py attention         milliseconds of tier S's attention against torch's fused kernel: SmolLM2's heads, bfloat16
     python results/measure.py profile MODEL     where the milliseconds go of decoding steps, prompts and a step of healing, bfloat16
     python results/measure.py rate MODEL B T [DTYPE]    tokens a second of distillation, B sequences of T tokens a step, rank 16: to
@@ -76,10 +76,10 @@ def added_bytes(tokens: int) -> int:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
-def healing_peak(shape: str, recompute: bool) -> int:
-    """Bytes, after two steps of distillation of the plan that bench.py takes by default, rank 16, bfloat16."""
+def healing_peak(shape: str, recompute: bool, dtype: str = "bfloat16") -> int:
+    """Bytes, after two steps of distillation of the plan that bench.py takes by default, rank 16."""
     torch.compiler.set_stance("force_eager")
-    teacher, student = healing_models(bench.build_shape(shape, torch.bfloat16, "cpu"))
+    teacher, student = healing_models(bench.build_shape(shape, getattr(torch, dtype), "cpu"))
     student.recompute = recompute
     optimizer = distill.Optimizer({name: p.requires_grad_(True) for name, p in student.named_parameters() if name.endswith((".A", ".B", "_logit"))})
     for _ in range(2):
@@ -216,14 +216,16 @@ def healing_models(teacher, adapters: bool = True):
     return teacher, student
 
 
-def healing_arithmetic(shape: str) -> dict:
-    """Bytes that healing must hold at least: the weights once; adapters with gradient, average and two moments in float32; a bf16 input of
-    each block; the logits of a slice of positions, student's and teacher's in bf16, and both as log-probabilities in float32."""
+def healing_arithmetic(shape: str, dtype: str = "bfloat16") -> dict:
+    """Bytes that healing must hold at least: the weights once; adapters with gradient, average and two moments in float32; the input of
+    each block; the logits of a slice of positions, student's and teacher's, and both as log-probabilities in float32."""
+    size = getattr(torch, dtype).itemsize
     hidden, intermediate, layers, H, G, D, vocabulary, tied = bench.SHAPES[shape]
     linears = [(hidden, H * D), (hidden, G * D), (hidden, G * D), (H * D, hidden)] + [(hidden, intermediate)] * 2 + [(intermediate, hidden)]
-    weights = 2 * (layers * sum(a * b for a, b in linears) + (1 if tied else 2) * vocabulary * hidden)
+    weights = size * (layers * sum(a * b for a, b in linears) + (1 if tied else 2) * vocabulary * hidden)
     adapters = 20 * layers * sum(16 * (a + b) for a, b in linears)
-    return {"weights": weights, "adapters": adapters, "block_inputs": 2 * 1024 * hidden * layers, "logits": kernels.ROWS * vocabulary * 12}
+    return {"weights": weights, "adapters": adapters, "block_inputs": size * 1024 * hidden * layers,
+            "logits": kernels.ROWS * vocabulary * (2 * size + 8)}
 
 
 if __name__ == "__main__":
@@ -233,9 +235,10 @@ if __name__ == "__main__":
         print(json.dumps({str(tokens): alone(f"added_bytes({tokens})") for tokens in (1024, 2048, 4096, 8192, 16384)}))
     elif sys.argv[1:] == ["attention"]:
         print(json.dumps(attention_times()))
-    elif sys.argv[1:2] == ["healing"] and len(sys.argv) == 3:
-        peak = {name: alone(f"healing_peak({sys.argv[2]!r}, {flag})") for name, flag in (("kept", False), ("recomputed", True))}
-        print(json.dumps({"shape": sys.argv[2], "peak_bytes": peak, "at_least": healing_arithmetic(sys.argv[2])}))
+    elif sys.argv[1:2] == ["healing"] and len(sys.argv) in (3, 4):
+        shape, dtype = (sys.argv + ["bfloat16"])[2:4]
+        peak = {name: alone(f"healing_peak({shape!r}, {flag}, {dtype!r})") for name, flag in (("kept", False), ("recomputed", True))}
+        print(json.dumps({"shape": shape, "dtype": dtype, "peak_bytes": peak, "at_least": healing_arithmetic(shape, dtype)}))
     elif sys.argv[1:2] == ["profile"] and len(sys.argv) == 3:
         print("\n".join(map(json.dumps, profile(sys.argv[2]))))
     elif sys.argv[1:2] == ["rate"] and len(sys.argv) in (5, 6):
