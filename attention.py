@@ -157,6 +157,12 @@ class WindowLinearAttention(SoftmaxAttention):
         maps = ["query_map", "key_map"] if c.feature_map not in ("none", "favor") else []
         return maps + (["tail_logit"] if c.feature_map != "none" and c.window + c.sinks else [])
 
+    def query_features(self, query: Tensor, position: Tensor) -> Tensor:
+        """phi(q_t) [B, H, T, F] for position [B or 1, T], times (n / (t + 1))^2 beyond the n tokens that the tails were healed on: S and z
+        go on growing there, and nothing taught the tail what they should weigh then (results/healing.md)."""
+        phi_query, n = feature_map(query, self.config.feature_map, self.query_map), self.config.healed_context
+        return phi_query if n is None else phi_query * (n / (position + 1).clamp(min=n)).square()[:, None, :, None]
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         B, G, tokens, D = key.shape
         zero = torch.zeros((), device=key.device)
@@ -174,7 +180,7 @@ class WindowLinearAttention(SoftmaxAttention):
         leaving = past.start[:, None] + torch.arange(query.shape[2], device=query.device) - window      # (B, T)
         phi_key = feature_map(key[:, :, :query.shape[2]], self.config.feature_map, self.key_map)
         phi_key = phi_key * (leaving >= sinks)[:, None, :, None]
-        phi_query = feature_map(query, self.config.feature_map, self.query_map)
+        phi_query = self.query_features(query, leaving + window)
         return window_linear_attention(query, key, value, phi_query, phi_key, self.tail_logit, past, window), phi_key
 
     def new_cache(self, batch: int, max_tokens: int, dtype: torch.dtype, device) -> WindowLinearCache:
@@ -191,7 +197,7 @@ class WindowLinearAttention(SoftmaxAttention):
         if cache.window:
             sequence = torch.arange(len(slot), device=slot.device)
             left_key, left_value = cache.key[sequence, :, slot], cache.value[sequence, :, slot]         # (B, G, D)
-        phi_query = feature_map(query, self.config.feature_map, self.query_map)
+        phi_query = self.query_features(query, positions[:, None])
         phi_key = feature_map(left_key[:, :, None], self.config.feature_map, self.key_map)[:, :, 0]     # (B, G, F)
         phi_key = phi_key * (positions - cache.window >= cache.sinks)[:, None, None]
         return window_linear_step(*local, end, phi_query, phi_key, left_value, self.tail_logit, cache.state, cache.norm)

@@ -10,7 +10,8 @@ softmax weights; every older position is the *tail* and is attended with linear 
 
 b is a learned logit per query head (Hedgehog and LoLCATs mix the same two terms: arXiv 2402.04347, 2410.10254; the
 sinks are StreamingLLM's: arXiv 2309.17453). Both terms stand on one absolute scale: whatever is subtracted from the
-exponents for safety is subtracted from a_i and from b alike, so the mix does not drift from query to query.
+exponents for safety is subtracted from a_i and from b alike, so the mix does not drift from query to query. (Beyond the n
+tokens that a tail was healed on, exp(b) counts (n / (t + 1))^2: `query_features` in attention.py.)
 
 `naive_window_linear_attention` is that formula with [T, T] masks, and the reference for all else in this file.
 `window_linear_attention` is the same in chunks: O(T (window + sinks + F)) time and O(T) memory. `window_linear_step`

@@ -69,6 +69,7 @@ class Config:
     window: int = 64
     sinks: int = 4
     feature_map: str = "hedgehog"
+    healed_context: int | None = None           # the longest sequences that the tails were healed on
     raw: dict = field(default_factory=dict, repr=False)     # config.json as it was read
 
 
@@ -99,7 +100,7 @@ def read_config(folder: Path) -> Config:
             plan=boosted.get("plan", "S" * layers), raw=raw)
     except KeyError as missing:
         raise InputError(f"{path}: {missing} is missing") from None
-    for name in ("window", "sinks", "feature_map"):
+    for name in ("window", "sinks", "feature_map", "healed_context"):
         setattr(config, name, boosted.get(name, getattr(config, name)))
     check_settings(config.plan, config)
     return config
@@ -665,7 +666,7 @@ def save_model(model: Model, folder: str | Path, source: str | Path) -> None:
     if set(config.plan) != {"S"}:      # another name, so that no other program takes it for an ordinary checkpoint
         raw |= {"model_type": "layerboost", "architectures": ["LayerBoostForCausalLM"], "layerboost": {
             "base_model_type": config.model_type, "plan": config.plan, "window": config.window, "sinks": config.sinks,
-            "feature_map": config.feature_map}}
+            "feature_map": config.feature_map, "healed_context": config.healed_context}}
     weights = {name if name == "lm_head.weight" else f"model.{name}": x.detach().contiguous()
                for name, x in model.named_parameters()}
     write_file(folder / "model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"}))

@@ -201,6 +201,25 @@ def test_tier_l_in_cpp_equals_that_of_torch(window, sinks, kind, splits):
         torch.testing.assert_close(run_layer(layer, frequencies, x, splits), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_tail_fades_beyond_the_healed_context(grad):
+    layer, frequencies = layer_of("hedgehog", 8, 2)
+    x = torch.randn(2, 70, 48)
+    with torch.set_grad_enabled(grad):                      # without gradients in C++
+        whole = run_layer(layer, frequencies, x)
+        layer.config.healed_context = 30
+        faded = run_layer(layer, frequencies, x)
+        torch.testing.assert_close(faded[:, :30], whole[:, :30], rtol=1e-5, atol=1e-5)
+        for splits in ([1] * 70, [5, 30] + [1] * 35, [31, 39]):
+            torch.testing.assert_close(run_layer(layer, frequencies, x, splits), faded, rtol=1e-5, atol=1e-5)
+        layer.config.healed_context = None
+        b = layer.tail_logit.clone()
+        for token in (40, 69):                              # the same as a smaller b, by position
+            layer.tail_logit.copy_(b + 2 * math.log(30 / (token + 1)))
+            torch.testing.assert_close(run_layer(layer, frequencies, x)[:, token], faded[:, token], rtol=1e-5, atol=1e-5)
+            assert (whole[:, token] - faded[:, token]).abs().max() > 1e-3
+
+
 def test_forms_agree_at_1500_tokens():
     layer, frequencies = layer_of("hedgehog", 64, 4)
     x = torch.randn(1, 1500, 48)
@@ -539,6 +558,7 @@ def test_a_full_cache_takes_no_more(llama):
 
 def test_save_then_load_gives_the_same_logits(llama, tmp_path):
     model = boosted(llama)
+    model.config.healed_context = 20
     save_model(model, tmp_path / "saved", llama)
     again = load_model(str(tmp_path / "saved"))
     ids = torch.randint(0, 700, (2, 50))
@@ -1146,7 +1166,7 @@ def test_the_whole_story(llama, text, tmp_path, capsys):
     assert report["base"]["kl"] == 0 and report["healed"]["kl"] < report["converted"]["kl"]
     assert sorted(report["plan"]) == ["L", "S", "X"] and (out / "report.md").exists()
     healed = load_model(str(out))
-    assert healed.plan == report["plan"]
+    assert healed.plan == report["plan"] and healed.config.healed_context == report["healing"]["settings"]["long_context"]
 
     layers = json.loads((out / "scan.json").read_text())["layers"]              # a second plan from the same scan
     assert layerboost.main(command(llama, text, tmp_path / "again", "--keep", "2", "--drop", "0", "--tasks", str(task), "--measure", "kl+recall+task",

@@ -39,6 +39,7 @@ def merge(folder: str, path: str, out: str) -> None:
             for name in file.keys():
                 parameters[name].copy_(file.get_tensor(name))
     merge_adapters(student)
+    student.config.healed_context = identity["long_context"]
     save_model(student, out, folder)
 
 

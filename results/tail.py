@@ -1,9 +1,9 @@
 """What the parts of the L layers are worth in a healed model:
 
-    python results/tail.py MODEL --base DIR --valid FILE [--sequences 4] [--passkeys 20] [--off tail window sinks]
+    python results/tail.py MODEL --base DIR --valid FILE [--sequences 4] [--passkeys 20] [--off tail window sinks fade]
 
 Reads sequences of 8,192 tokens (or what the model was made for) and gives KL to the base and top-1 agreement by position in the
-text, with the model as it is and with the tail, the window or the sinks of all its L layers off; passkey recall with the same;
+text, with the model as it is and with the tail, the window, the sinks or the tail's fade of all its L layers off; passkey recall with the same;
 and for each L layer the share of the attention's weight that goes to the tail, by position in the first sequence, averaged over heads.
 The last line is one JSON document.
 """
@@ -34,11 +34,13 @@ def tail_share(query, key, value, phi_query, phi_key, tail_logit, past, window, 
 
 
 def switch_off(model, part: str) -> None:
-    """In place: `tail`, `window` or `sinks` of every L layer."""
+    """In place: `tail`, `window`, `sinks` or `fade` of every L layer."""
     if part == "tail":
         for layer, tier in zip(model.layers, model.plan):
             if tier == "L":
                 layer.self_attn.tail_logit.fill_(-torch.inf)
+    elif part == "fade":
+        model.config.healed_context = None
     else:
         setattr(model.config, part, 0)
 
@@ -48,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model"), parser.add_argument("--base", required=True), parser.add_argument("--valid", required=True)
     parser.add_argument("--sequences", type=int, default=4), parser.add_argument("--passkeys", type=int, default=20)
-    parser.add_argument("--off", nargs="*", choices=("tail", "window", "sinks"), default=["tail", "window", "sinks"])
+    parser.add_argument("--off", nargs="*", choices=("tail", "window", "sinks", "fade"), default=["tail", "window", "sinks"])
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
