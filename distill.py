@@ -196,6 +196,7 @@ class Healing:
             raise InputError(f"--tokens {self.tokens}: a step takes {self.batch * self.context:,}; give at least as many")
         self.transfer_steps, self.warm_up = (min(n, self.short_steps // 3) for n in (self.transfer_steps, self.warm_up))
         self.steps = self.short_steps + long_steps
+        self.longest = self.long_context if long_steps else self.context    # tokens of the longest sequences
         self.trained_tokens = self.tokens_after(self.steps)                 # the budget in whole steps
 
     def tokens_after(self, step: int) -> int:
@@ -312,6 +313,7 @@ def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings:
     if not settings.full:
         merge_adapters(student)
     student.requires_grad_(False)
+    student.config.healed_context = settings.longest
     return curve
 
 

@@ -401,7 +401,6 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
                  identity | {"plan": plan, "data": fingerprint(train), "dtype": args.dtype})
     if rank_and_world()[0]:
         return                                              # the first process does the rest
-    student.config.healed_context = settings.long_context if settings.steps > settings.short_steps else settings.context
     save_model(student, out, source)
 
     print("\nEvaluate: the untouched, the converted and the healed model on the same text and questions.")

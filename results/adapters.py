@@ -8,6 +8,7 @@ then `python bench.py quality --model OUT --base DIR ...` measures it.
 
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -15,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from distill import add_adapters, merge_adapters
+from distill import Healing, add_adapters, merge_adapters
 from model import convert, load_model, save_model
 
 
@@ -28,10 +29,10 @@ def keep(checkpoint: str, path: str) -> None:
     save_file(tensors, path, metadata={"identity": identity})
 
 
-def merge(folder: str, path: str, out: str) -> None:
+def healed(model, path: str):
+    """The original `model` converted, with what `keep` wrote merged into it."""
     with safe_open(path, framework="pt") as file:
         identity = json.loads(file.metadata()["identity"])
-        model = load_model(folder, dtype=getattr(torch, identity["dtype"]))
         student = convert(model, identity["plan"], identity["window"], identity["sinks"], identity["feature_map"])
         add_adapters(student, identity["rank"], identity["seed"])
         parameters = dict(student.named_parameters())
@@ -39,8 +40,14 @@ def merge(folder: str, path: str, out: str) -> None:
             for name in file.keys():
                 parameters[name].copy_(file.get_tensor(name))
     merge_adapters(student)
-    student.config.healed_context = identity["long_context"]
-    save_model(student, out, folder)
+    student.config.healed_context = Healing(**{field.name: identity[field.name] for field in fields(Healing)}).longest
+    return student
+
+
+def merge(folder: str, path: str, out: str) -> None:
+    with safe_open(path, framework="pt") as file:
+        dtype = getattr(torch, json.loads(file.metadata()["identity"])["dtype"])
+    save_model(healed(load_model(folder, dtype=dtype), path), out, folder)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,20 @@ def switch_off(model, part: str) -> None:
         setattr(model.config, part, 0)
 
 
+@torch.no_grad()
+def compare(model, base, ids, targets) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL to the base and top-1 agreement [T] by position, over ids [N, T] and the base's hidden states on them."""
+    kl, same = torch.zeros(2, ids.shape[1])
+    for row, target in zip(ids, targets):
+        hidden = model.hidden(row[None])[0]
+        for start in range(0, len(row), kernels.ROWS):
+            part = slice(start, start + kernels.ROWS)
+            ours, theirs = hidden[part] @ model.head.T, target[part] @ base.head.T
+            kl[part] += kernels.fused_kl(ours, theirs) / len(ids)
+            same[part] += (ours.argmax(-1) == theirs.argmax(-1)).float() / len(ids)
+    return kl, same
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,14 +96,7 @@ def main() -> None:
         model = load_model(args.model, dtype=dtype)
         if name != "whole":
             switch_off(model, name)
-        kl, same = torch.zeros(context), torch.zeros(context)
-        for row, target in zip(ids, targets):
-            hidden = model.hidden(row[None])[0]
-            for start in range(0, context, kernels.ROWS):
-                part = slice(start, start + kernels.ROWS)
-                ours, theirs = hidden[part] @ model.head.T, target[part] @ base.head.T
-                kl[part] += kernels.fused_kl(ours, theirs) / len(ids)
-                same[part] += (ours.argmax(-1) == theirs.argmax(-1)).float() / len(ids)
+        kl, same = compare(model, base, ids, targets)
         recall = bench.passkey_recall(model, tokenizer, ids, [n for n in (512, 1024, 2048) if n <= context], args.passkeys // 5)["recall"]
         by_position = lambda values: [float(values[a:b].mean()) for a, b in zip(edges, edges[1:])]
         report["variants"][name] = {"kl": by_position(kl), "agreement": by_position(same), "recall": recall}
