@@ -1,56 +1,90 @@
 """What healing learned, small enough to keep, and back into a model without training:
 
-    python results/adapters.py keep out/smollm2/healing.safetensors FILE        adapters in bfloat16, the linear tails in float32
-    python results/adapters.py merge DIR FILE OUT                               the original DIR converted and healed, as a model folder
+    python results/adapters.py keep out/smollm2/healing.safetensors FILE
+    python results/adapters.py merge DIR FILE OUT
 
-then `python bench.py quality --model OUT --base DIR ...` measures it.
+`keep` takes the adapters, in bfloat16, and the linear tails, in float32, out of a checkpoint.
+`merge` converts the original model in DIR, adds them, and writes a model folder OUT, which
+`python bench.py quality --model OUT --base DIR ...` measures.
 """
 
+import argparse
 import json
 import sys
 from dataclasses import fields
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from distill import Healing, add_adapters, merge_adapters
-from model import convert, load_model, save_model
+from hub import open_safetensors, save_safetensors
+from model import Model, convert, load_model, save_model
 
 
-def keep(checkpoint: str, path: str) -> None:
-    with safe_open(checkpoint, framework="pt") as file:
-        names = set(file.keys())                                             # Adam's moments and the weights' averages are NAME/...
-        tensors = {name: file.get_tensor(f"{name}/average" if f"{name}/average" in names else name) for name in names if "/" not in name}
+def keep(checkpoint: Path, path: Path) -> None:
+    tensors = {}
+    with open_safetensors(checkpoint) as file:
         identity = file.metadata()["identity"]
-    tensors = {name: x.bfloat16() if name.endswith((".A", ".B")) else x for name, x in tensors.items()}
-    save_file(tensors, path, metadata={"identity": identity})
+        for name in file.keys():
+            parameter, _, kind = name.partition("/")
+            if kind == "average":
+                x = file.get_tensor(name)
+                is_adapter = parameter.endswith((".A", ".B"))
+                tensors[parameter] = x.bfloat16() if is_adapter else x
+    save_safetensors(tensors, path, {"identity": identity})
 
 
-def healed(model, path: str):
+def read_identity(path: Path) -> dict:
+    """The settings of the run that a file is from."""
+    with open_safetensors(path) as file:
+        return json.loads(file.metadata()["identity"])
+
+
+@torch.no_grad()
+def healed(model: Model, path: Path) -> Model:
     """The original `model` converted, with what `keep` wrote merged into it."""
-    with safe_open(path, framework="pt") as file:
-        identity = json.loads(file.metadata()["identity"])
-        student = convert(model, identity["plan"], identity["window"], identity["sinks"], identity["feature_map"])
-        add_adapters(student, identity["rank"], identity["seed"])
-        parameters = dict(student.named_parameters())
-        with torch.no_grad():
-            for name in file.keys():
-                parameters[name].copy_(file.get_tensor(name))
+    identity = read_identity(path)
+    tiers = {name: identity[name] for name in ("window", "sinks", "feature_map")}
+    student = convert(model, identity["plan"], **tiers)
+    add_adapters(student, identity["rank"], identity["seed"])
+
+    parameters = dict(student.named_parameters())
+    with open_safetensors(path) as file:
+        for name in file.keys():
+            parameters[name].copy_(file.get_tensor(name))
     merge_adapters(student)
-    student.config.healed_context = Healing(**{field.name: identity[field.name] for field in fields(Healing)}).longest
+
+    # Files of earlier forms of the program lack the younger settings.
+    names = [field.name for field in fields(Healing) if field.name in identity]
+    student.config.healed_context = Healing(**{name: identity[name] for name in names}).longest
     return student
 
 
-def merge(folder: str, path: str, out: str) -> None:
-    with safe_open(path, framework="pt") as file:
-        dtype = getattr(torch, json.loads(file.metadata()["identity"])["dtype"])
+def merge(folder: str, path: Path, out: Path) -> None:
+    dtype = getattr(torch, read_identity(path)["dtype"])
     save_model(healed(load_model(folder, dtype=dtype), path), out, folder)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("keep").add_argument
+    add("checkpoint", type=Path)
+    add("file", type=Path)
+    add = commands.add_parser("merge").add_argument
+    add("model", help="the original, a folder")
+    add("file", type=Path)
+    add("out", type=Path)
+
+    args = parser.parse_args()
+    if args.command == "keep":
+        keep(args.checkpoint, args.file)
+    else:
+        merge(args.model, args.file, args.out)
+
+
 if __name__ == "__main__":
-    commands = {("keep", 4): keep, ("merge", 5): merge}
-    command = commands.get((sys.argv[1] if len(sys.argv) > 1 else "", len(sys.argv)))
-    command(*sys.argv[2:]) if command else sys.exit(__doc__)
+    main()
