@@ -1,135 +1,423 @@
-"""Healing: the converted model learns to answer as the original did, on about 10M tokens of any text.
+"""Healing: the converted model learns to answer as the original did, on about 10M tokens of text.
 
-The teacher is the original model. The student is the same weights under a plan (`convert` shares the tensors), with
-low-rank adapters on every linear layer, so one copy of the weights serves both. Three stages share the token budget:
+The teacher is the original model. The student is the same weights under a plan (`convert` shares
+the tensors), with low-rank adapters on every linear layer, so one copy of the weights serves both.
+Three stages share the token budget:
 
-1. attention transfer: each L layer reads what the teacher's layer reads, and its feature map and tail logit learn to give
-   what the teacher's attention gives: mean |student - teacher|^2 / mean |teacher|^2 (LoLCATs, arXiv 2410.10254, 3.2).
-   The layers are independent, so each one's gradient is taken at once and nothing is kept.
-2. distillation: KL(teacher || student) on the next-token distribution (arXiv 1503.02531), training the adapters
-   (LoRA, arXiv 2106.09685: W x + 2 B A x, with B started at zero) and the tails. Sequences are short, one a step: this loss
-   is so clean that the number of steps counts for more than their size (results/healing.md).
-3. the same loss on long sequences, training the tails alone: a tail's weight grows with the tokens in it, and what it should
-   weigh after thousands cannot be learned from hundreds.
+1. attention transfer: each L layer reads what the teacher's layer reads, and its feature map and
+   tail logit learn to give what the teacher's attention gives (LoLCATs, arXiv 2410.10254, 3.2):
+   mean |student - teacher|^2 / mean |teacher|^2.
+2. distillation: KL(teacher || student) on the next token (arXiv 1503.02531) trains the adapters
+   (LoRA, arXiv 2106.09685) and the tails. Sequences are short and a step takes one: many small
+   steps learn more from the same tokens than a few large ones (results/healing.md).
+3. the same loss on long sequences trains the tails alone. A tail's weight grows with the number of
+   tokens in it; what it should weigh after thousands cannot be learned from hundreds.
 
-A stage ends with the average of its weights (`Optimizer`), since they circle around what they have learned.
+Each stage ends with the average of its weights (`Optimizer`).
 
-A run of N tokens is a fixed list of steps: step i reads sequences that depend on the seed alone, so a run that goes on from
-a checkpoint ends with the same weights as one that was never stopped. Its first two stages begin the longer runs too: one
-that has ended can go on to a larger N, and one that takes too long can end at a smaller (N of 60 short steps or more, since
-less would be all warm-up). Under torchrun every process holds the model, takes its share of a step's sequences, and the
-gradients are summed (data parallelism: the adapters are all that travels).
+A run of N tokens is a fixed list of steps, and what a step reads depends on the seed alone. So a
+run that goes on from a checkpoint ends with the same weights, bit for bit, as one that was never
+stopped. It can also go on to a larger N, or end at a smaller one, since the first two stages of
+both begin alike (from 60 short steps on; fewer would be all warm-up). Under torchrun every process
+takes its share of each step's sequences, and the gradients are summed (data parallelism).
 """
 
-import gzip
 import json
 import math
 import signal
 import time
-import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from attention import Linear
+from hub import InputError, open_safetensors, save_safetensors
 from kernels import sliced_kl
-from model import InputError, Model, Tokenizer, from_hub, write_file
+from machine import gather, progress, rank_and_world, say, sum_over_processes
+from measure import kl_by_position
+from model import Model
 
-C4 = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"         # the text to heal on when none is named
-TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json.gz")
-AVERAGE = 3                     # how late steps count in the average of a stage's weights
-STEADY = 600                    # steps of a stage up to which its rate stays
+AVERAGE = 3  # step t of a stage counts as t^AVERAGE in the average of its weights
+STEADY = 600  # steps of a stage at its full learning rate
+CHECKPOINT_SECONDS = 180  # between two checkpoints
+IF_DAMAGED = "delete it to start anew"
 
 
 class Diverged(RuntimeError):
     """The loss became infinite or not a number."""
 
 
-# --- text to sequences -------------------------------------------------------------------------------------------
+@dataclass
+class Healing:
+    """The settings of a run. A checkpoint goes on only under the same ones, except `tokens`."""
 
-def read_documents(source: str, flag: str = "--data"):
-    """Yields the texts of a .txt file, the `text` fields of a .jsonl, .jsonl.gz or .json.gz file, those of a folder of
-    such files in the order of their names, or of `hub:OWNER/DATASET/FILE`. Raises InputError naming the file and line."""
-    if source.startswith("hub:"):
-        owner, dataset, file = (source[4:].split("/", 2) + ["", ""])[:3]
-        if not file.endswith(TEXT_SUFFIXES):
-            raise InputError(f"{flag} {source}: give hub:OWNER/DATASET/FILE, the file one of {', '.join(TEXT_SUFFIXES)}")
-        source = from_hub(hf_hub_download, f"{flag} {source}", repo_id=f"{owner}/{dataset}", filename=file,
-                          repo_type="dataset")
-    path = Path(source)
-    files = sorted(f for f in path.rglob("*") if f.name.endswith(TEXT_SUFFIXES)) if path.is_dir() else [path]
-    if not path.exists() or not files:
-        raise InputError(f"{flag} {source}: no such file, or a folder without {', '.join(TEXT_SUFFIXES)} files")
-    for file in files:
-        if file.suffix == ".txt":
-            yield file.read_text(encoding="utf-8", errors="replace")
-            continue
-        if not file.name.endswith(TEXT_SUFFIXES):
-            raise InputError(f"{flag} {file}: give a .txt, .jsonl, .jsonl.gz or .json.gz file, or a folder of them")
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
-            number = 1
-            try:
-                for number, line in enumerate(lines, 1):
-                    text = json.loads(line)["text"]
-                    if not isinstance(text, str):
-                        raise TypeError
-                    yield text
-            except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error):
-                raise InputError(f"{flag} {file}: line {number}: not a JSON object with a `text` field") from None
+    tokens: int = 10_000_000  # that the three stages train on, in all
+    transfer_steps: int = 10  # of stage 1
+    warm_up: int = 20  # steps in which the learning rate of stage 2 rises
+    long_share: float = 0.1  # of the tokens, for stage 3
+    rank: int = 16  # of the adapters; ignored by `full`
+    full: bool = False  # train every weight instead
+    lr: float = 1e-3  # of stage 2
+    tail_lr: float = 1e-2  # of stages 1 and 3, where the tails learn alone
+    context: int = 512  # tokens of a sequence in stages 1 and 2
+    long_context: int = 4096  # the same in stage 3
+    batch: int = 1  # sequences of a step, over all processes
+    micro_batch: int | None = None  # sequences that go through the model together, if fewer
+    compile: bool = False  # run the KL, and the blocks of stages 1 and 2, through torch.compile
+    seed: int = 0
+
+    def __post_init__(self):
+        world = rank_and_world()[1]
+        if self.batch % world:
+            raise InputError(f"--batch {self.batch}: give a multiple of the {world} processes")
+
+        short = self.batch * self.context  # tokens of a step
+        long = self.batch * self.long_context
+        long_steps = round(self.long_share * self.tokens / long)
+        self.short_steps = (self.tokens - long_steps * long) // short
+        if self.short_steps < 1:
+            raise InputError(f"--tokens {self.tokens}: a step is {short:,}; give at least as many")
+
+        self.transfer_steps = min(self.transfer_steps, self.short_steps // 3)
+        self.warm_up = min(self.warm_up, self.short_steps // 3)
+        self.steps = self.short_steps + long_steps
+        self.stage_ends = (self.transfer_steps, self.short_steps, self.steps)
+        self.trained_tokens = self.tokens_after(self.steps)
+        self.longest = self.long_context if long_steps else self.context
+        self.together = min(self.batch // world, self.micro_batch or self.batch)
+
+    def tokens_after(self, step: int) -> int:
+        """Tokens that the first `step` steps train on."""
+        short = min(step, self.short_steps)
+        return self.batch * (short * self.context + (step - short) * self.long_context)
+
+    def stage(self, step: int) -> tuple[int, int, float]:
+        """Of the stage that a step is in: its first step, the first after it, its learning rate."""
+        if step < self.transfer_steps:
+            return 0, self.transfer_steps, self.tail_lr
+        if step < self.short_steps:
+            return self.transfer_steps, self.short_steps, self.lr
+        return self.short_steps, self.steps, self.tail_lr
+
+    def validates(self, step: int) -> bool:
+        """Before the run, between the stages, at its end, and up to four times in between."""
+        return step % math.ceil(self.steps / 5) == 0 or step in self.stage_ends
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of a stage's t-th step, t from 1 on: the warm-up and the fall of arXiv
+        1706.03762, section 5.3, with a plateau between them.
+
+            rate_t = peak * min(1, t / warm_up, sqrt(STEADY / t))
+
+        In stage 2 nothing depends on the stage's length, so that a longer run begins as a shorter
+        one does. Stages 1 and 3 warm up for a twentieth of their steps.
+        """
+        first, last, peak = self.stage(step)
+        t = step - first + 1
+        warm_up = self.warm_up if first == self.transfer_steps else (last - first) // 20
+        return peak * min(1.0, t / max(1, warm_up), (STEADY / t) ** 0.5)
+
+    def read(self, step: int, train: Tensor) -> Tensor:
+        """The sequences of a step, [batch, tokens], from train [N, context]: pass after pass over
+        all of it, each in an order of its own. Stage 3 reads the same text in longer sequences."""
+        long = step >= self.short_steps
+        first = self.short_steps if long else 0
+        tokens = self.long_context if long else self.context
+        count = train.numel() // tokens
+        sequences = train.flatten()[: count * tokens].view(count, tokens)
+
+        rows = []
+        for i in range((step - first) * self.batch, (step - first + 1) * self.batch):
+            generator = torch.Generator().manual_seed(self.seed + i // count)
+            order = torch.randperm(count, generator=generator)
+            rows.append(order[i % count])
+        return sequences[torch.stack(rows)]
 
 
-def pack(documents, tokenizer: Tokenizer, eos: tuple[int, ...], context: int, tokens: int | None = None) -> Tensor:
-    """Joins documents with an end-of-text token after each and cuts them into sequences: [N, context] int64, at most
-    `tokens` tokens in all (rounded up to whole sequences). What is left of the last document is dropped."""
-    wanted = math.inf if tokens is None else -(-tokens // context) * context
-    ids: list[int] = []
-    with tqdm(total=wanted, desc="reading text", unit="tok", unit_scale=True, leave=False) as bar:
-        for text in documents:
-            before = len(ids)
-            ids += tokenizer.encode(text) + list(eos[:1])
-            bar.update(len(ids) - before)
-            if len(ids) >= wanted:
+# --- the run -----------------------------------------------------------------------------------
+
+
+def heal(
+    teacher: Model,
+    student: Model,
+    train: Tensor,
+    valid: Tensor,
+    settings: Healing,
+    checkpoint: Path,
+    identity: dict,
+) -> dict:
+    """Heals `student` in place and merges its adapters. Returns the curve: under `train` the loss
+    of every step (in stage 1 the transfer error), under `valid` pairs of tokens seen and KL.
+
+    teacher: the original; student: `convert(teacher, plan)`; train, valid: ids [N, context].
+    The run is saved to `checkpoint` every CHECKPOINT_SECONDS, at Ctrl-C (then KeyboardInterrupt is
+    raised) and at its end, and goes on from there; `identity` says what else must be the same for
+    that: the model, the plan, the data. The end of stage 2 is kept beside it, for a run of more
+    tokens. Raises Diverged when the loss is not finite, InputError when the checkpoint was made
+    with other settings or is past `tokens`.
+    """
+    run = Run(teacher, student, settings, checkpoint, identity)
+    run.resume()
+    run.read_targets(valid)
+    if settings.compile:
+        teacher.compiled_shapes.add((settings.together, settings.context))
+
+    seen = settings.tokens_after(run.step)
+    total = settings.trained_tokens
+    bar = progress(total=total, initial=seen, desc="healing", unit="tok", unit_scale=True)
+    saved = time.monotonic()
+    with bar, Interrupt() as interrupt:
+        while True:
+            if settings.validates(run.step):
+                bar.clear()
+                run.validate()
+
+            ended = run.step == settings.steps
+            stopped = any(gather(interrupt.asked))  # all processes stop before the same step
+            if ended or stopped or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                run.save(run.checkpoint)
+                saved = time.monotonic()
+            if run.step == settings.short_steps and not ended:
+                run.save(run.distilled)
+            if stopped:
+                raise KeyboardInterrupt
+
+            if run.step in settings.stage_ends:
+                run.optimizer.end_stage()
+            if ended:
                 break
-    count = int(min(len(ids), wanted)) // context
-    return torch.tensor(ids[:count * context], dtype=torch.int64).view(count, context)
+
+            loss = run.train(train)
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            bar.update(settings.tokens_after(run.step) - settings.tokens_after(run.step - 1))
+
+    if not settings.full:
+        merge_adapters(student)
+    student.requires_grad_(False)
+    student.config.healed_context = settings.longest
+    return run.curve
 
 
-# --- adapters ----------------------------------------------------------------------------------------------------
+class Run:
+    """Where a run stands: the two models, the optimizer, how many steps are done, the curve."""
+
+    def __init__(self, teacher: Model, student: Model, settings: Healing, checkpoint, identity):
+        self.teacher = teacher
+        self.student = student
+        self.settings = settings
+        self.optimizer = Optimizer(prepare(student, settings))
+        self.tails = tail_names(student)
+        self.step = 0
+        self.curve = {"train": [], "valid": []}
+
+        self.checkpoint = checkpoint
+        self.distilled = checkpoint.with_name(f"{checkpoint.stem}-distilled.safetensors")
+        everything = identity | asdict(settings) | {"average": AVERAGE, "steady": STEADY}
+        self.identity = json.loads(json.dumps(everything))  # as a checkpoint gives it back
+
+    def resume(self) -> None:
+        """Goes on from a checkpoint, if there is one."""
+        path = find_checkpoint([self.checkpoint, self.distilled], self.settings, self.identity)
+        if path is None:
+            return
+        with open_safetensors(path, IF_DAMAGED) as file:
+            self.optimizer.load(file)
+            metadata = file.metadata()
+        self.step = int(metadata["step"])
+        self.curve = json.loads(metadata["curve"])
+        seen = self.settings.tokens_after(self.step)
+        say(f"resumed at {seen:,} of {self.settings.trained_tokens:,} tokens")
+
+    def save(self, path: Path) -> None:
+        metadata = {"step": self.step, "curve": self.curve, "identity": self.identity}
+        metadata = {name: json.dumps(value) for name, value in metadata.items()}
+        if rank_and_world()[0] == 0:
+            save_safetensors(self.optimizer.state(), path, metadata)
+
+    @torch.no_grad()
+    def read_targets(self, valid: Tensor) -> None:
+        """Keeps the teacher's hidden states [B, T, d] on this process's share of valid [N, T]."""
+        rank, world = rank_and_world()
+        parts = valid[rank::world].to(self.teacher.device).split(4)
+        self.targets = [(ids, self.teacher.hidden(ids)) for ids in parts if len(ids)]
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        """Adds KL(teacher || student) per token, with the averaged weights, to the curve."""
+        curve = self.curve["valid"]
+        seen = self.settings.tokens_after(self.step)
+        if curve and curve[-1][0] == seen:  # from the checkpoint
+            return
+
+        self.optimizer.exchange()
+        total = torch.zeros(2, device=self.teacher.device)  # nats, tokens
+        for ids, target in self.targets:
+            hidden = self.student.hidden(ids)
+            kl = kl_by_position(hidden, target, self.student.head, self.teacher.head)  # (B, T)
+            total[0] += kl.sum()
+            total[1] += kl.numel()
+        sum_over_processes([total])
+        self.optimizer.exchange()
+
+        kl = float(total[0] / total[1])
+        curve.append([seen, kl])
+        share = min(1.0, kl / max(curve[0][1], 1e-9))
+        say(f"  {seen:>10,} tokens   validation KL {kl:.4f}  {'█' * round(32 * share)}")
+
+    def train(self, train: Tensor) -> float:
+        """One step on its sequences of train [N, context]. Returns the loss."""
+        settings = self.settings
+        trained = self.optimizer.trained
+        transfer = self.step < settings.transfer_steps
+        tails_alone = transfer or self.step >= settings.short_steps
+        for name, parameter in trained.items():
+            parameter.requires_grad_(not tails_alone or name in self.tails)
+
+        rank, world = rank_and_world()
+        ids = settings.read(self.step, train)[rank::world].to(self.teacher.device)
+        total = torch.zeros((), device=ids.device)
+        for part in ids.split(settings.together):
+            weight = len(part) / settings.batch
+            if transfer:
+                total += attention_transfer(self.teacher, self.student, part, weight)
+            else:
+                total += distillation(self.teacher, self.student, part, weight, settings.compile)
+
+        gradients = [x.grad for x in trained.values() if x.grad is not None]
+        sum_over_processes([total, *gradients])
+        loss = float(total)
+        if not math.isfinite(loss):
+            seen = settings.tokens_after(self.step)
+            hint = "" if tails_alone else "; try a lower --lr"
+            raise Diverged(f"the loss is {loss} at step {self.step} ({seen:,} tokens){hint}")
+
+        t = self.step - settings.stage(self.step)[0] + 1
+        self.optimizer.step(settings.learning_rate(self.step), t)
+        self.step += 1
+        self.curve["train"].append(round(loss, 5))
+        return loss
+
+
+def find_checkpoint(paths: list[Path], settings: Healing, identity: dict) -> Path | None:
+    """The first of these files that a run can go on from: one made with the same budget, or one
+    that is not past stage 2 of either budget. None where there is no file yet; InputError where
+    something other than the budget differs, or where all files are past that."""
+    done = 0
+    for path in filter(Path.exists, paths):
+        with open_safetensors(path, IF_DAMAGED) as file:
+            step = int(file.metadata()["step"])
+            made_with = json.loads(file.metadata()["identity"])
+
+        for key, value in identity.items():
+            if key != "tokens" and made_with.get(key) != value:
+                raise InputError(
+                    f"{path}: was made with {key} = {made_with.get(key)}, not {value}; repeat that "
+                    "command to go on, or give another --out, or delete the file"
+                )
+
+        made = replace(settings, tokens=made_with["tokens"])
+        if made.tokens == settings.tokens or step <= min(made.short_steps, settings.short_steps):
+            return path
+        done = max(done, made.tokens_after(step))
+
+    if done:
+        raise InputError(
+            f"--tokens {settings.tokens}: the run in {paths[0].parent} is at {done:,} tokens; "
+            "give more, or another --out"
+        )
+    return None
+
+
+# --- losses ------------------------------------------------------------------------------------
+
+
+def attention_transfer(teacher: Model, student: Model, ids: Tensor, weight=1.0) -> Tensor:
+    """Stage 1 on ids [B, T]. Adds the gradients of the error, averaged over the L layers and the
+    sequences, and returns it; both times `weight`. The layers are independent, so each one's
+    gradient is taken at once and no activations are kept."""
+    total = torch.zeros((), device=ids.device)
+    rotary = teacher.rotary(ids.shape[1])
+    x = teacher.embed_tokens(ids)  # (B, T, d)
+    for i, (ours, theirs) in enumerate(zip(student.layers, teacher.layers, strict=True)):
+        if student.plan[i] == "L":
+            normed = theirs.input_layernorm(x)
+            with torch.no_grad():
+                target = theirs.self_attn(normed, rotary).float()
+            difference = ours.self_attn(normed, rotary).float() - target
+            error = difference.square().mean((1, 2)) / target.square().mean((1, 2))  # (B)
+            error = error.mean() * weight / student.plan.count("L")
+            error.backward()
+            total += error.detach()
+        with torch.no_grad():
+            x = teacher.run_layers(x, i, i + 1)
+    return total
+
+
+def distillation(teacher: Model, student: Model, ids: Tensor, weight=1.0, compiled=False) -> Tensor:
+    """Stages 2 and 3 on ids [B, T]. Adds the gradients of KL(teacher || student) per token and
+    returns it; both times `weight`."""
+    with torch.no_grad():
+        target = teacher.hidden(ids).flatten(0, 1)  # (B T, d)
+    hidden = student.hidden(ids).flatten(0, 1)
+    loss = weight * sliced_kl(hidden, target, student.head, teacher.head, compiled)
+    loss.backward()
+    return loss.detach()
+
+
+# --- what learns -------------------------------------------------------------------------------
+
+
+def prepare(student: Model, settings: Healing) -> dict[str, nn.Parameter]:
+    """Gives the student its adapters, or with `full` weights of its own (the teacher keeps the
+    original tensors). Returns what learns, by name: the tails, and the adapters or the weights."""
+    if settings.full:
+        for module in student.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(parameter.detach().clone()))
+    else:
+        add_adapters(student, settings.rank, settings.seed)
+    student.requires_grad_(False)
+
+    tails = tail_names(student)
+    trained = {}
+    for name, parameter in student.named_parameters():
+        is_weight = settings.full and not name.endswith("_map")  # Performer's maps are fixed
+        if name in tails or name.endswith((".A", ".B")) or is_weight:
+            trained[name] = parameter
+    return trained
+
+
+def tail_names(student: Model) -> set[str]:
+    """The parameters of the L layers' tails that can learn, by their names in the model."""
+    names = set()
+    for i, layer in enumerate(student.layers):
+        if student.plan[i] == "L":
+            names |= {f"layers.{i}.self_attn.{name}" for name in layer.self_attn.tail_parameters()}
+    return names
+
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and a trained low-rank one beside it: W x + 2 B A x."""
+    """A frozen linear layer and a trained low-rank one beside it, W x + 2 B A x, with A [rank,
+    inputs] and B [outputs, rank]. B starts at zero, so at first nothing changes."""
 
     def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
         super().__init__()
-        device = linear.weight.device
         self.linear = linear
-        start = torch.randn(rank, linear.in_features, generator=generator) * linear.in_features ** -0.5
-        self.A = nn.Parameter(start.to(device))
-        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
+        outputs, inputs = linear.weight.shape
+        start = torch.randn(rank, inputs, generator=generator) * inputs**-0.5
+        self.A = nn.Parameter(start.to(linear.weight.device))
+        self.B = nn.Parameter(torch.zeros(outputs, rank, device=linear.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x) + (x @ self.A.to(x.dtype).T) @ (2 * self.B).to(x.dtype).T
 
-    def merged(self) -> Linear:
-        weight = (self.linear.weight.float() + 2 * self.B @ self.A).to(self.linear.weight.dtype)
-        linear = Linear(self.linear.in_features, self.linear.out_features, bias=False, device="meta")
-        linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), self.linear.bias
-        return linear
-
-
-def replace_linears(model: nn.Module, kind: type, make) -> None:
-    """Puts make(module) in the place of every module of this kind inside the blocks."""
-    for parent in [m for m in model.layers.modules() if not isinstance(m, LoRALinear)]:
-        for name, child in list(parent.named_children()):
-            if isinstance(child, kind):
-                setattr(parent, name, make(child))
+    def merged(self) -> nn.Linear:
+        """The layer with W + 2 B A in the place of W, a tensor that the teacher goes on using."""
+        weight = self.linear.weight
+        weight = (weight.float() + 2 * self.B @ self.A).to(weight.dtype)
+        self.linear.weight = nn.Parameter(weight, requires_grad=False)
+        return self.linear
 
 
 def add_adapters(model: Model, rank: int, seed: int) -> None:
@@ -139,284 +427,65 @@ def add_adapters(model: Model, rank: int, seed: int) -> None:
 
 @torch.no_grad()
 def merge_adapters(model: Model) -> None:
-    """W + 2 B A becomes the weight. The original's tensors, which the adapters stood on, are left as they are."""
     replace_linears(model, LoRALinear, LoRALinear.merged)
 
 
-# --- several processes -------------------------------------------------------------------------------------------
-
-def rank_and_world() -> tuple[int, int]:
-    """Which of how many processes this is: (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def sum_over_processes(tensors: list[Tensor]) -> None:
-    """Replaces each tensor by its sum over all processes; they travel as one."""
-    if dist.is_initialized() and tensors:
-        joined = torch.cat([x.flatten().float() for x in tensors])
-        dist.all_reduce(joined)
-        for x, total in zip(tensors, joined.split([x.numel() for x in tensors])):
-            x.copy_(total.view_as(x))
+def replace_linears(model: Model, kind: type, make) -> None:
+    """Puts make(module) in the place of every module of this kind inside the blocks."""
+    for parent in [m for m in model.layers.modules() if not isinstance(m, LoRALinear)]:
+        for name, child in list(parent.named_children()):
+            if isinstance(child, kind):
+                setattr(parent, name, make(child))
 
 
-def gather(item) -> list:
-    """The items of all processes, in the order of their ranks."""
-    items = [item]
-    if dist.is_initialized():
-        items = [None] * dist.get_world_size()
-        dist.all_gather_object(items, item)
-    return items
-
-
-# --- the healing run ---------------------------------------------------------------------------------------------
-
-@dataclass
-class Healing:
-    """The settings of a run. A checkpoint goes on only under the same ones, but for `tokens`."""
-    tokens: int = 10_000_000            # all that the three stages train on
-    transfer_steps: int = 10            # of attention transfer
-    warm_up: int = 20                   # steps in which the rate of stage 2 rises
-    long_share: float = 0.1             # of all tokens, for stage 3
-    rank: int = 16                      # of the adapters; ignored by `full`
-    full: bool = False                  # train every weight instead
-    lr: float = 1e-3
-    tail_lr: float = 1e-2               # where the tails learn alone
-    context: int = 512                  # tokens a sequence
-    long_context: int = 4096            # the same in stage 3
-    batch: int = 1                      # sequences a step, over all processes
-    micro_batch: int | None = None      # sequences that go through the model at a time, if fewer
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.batch % rank_and_world()[1]:
-            raise InputError(f"--batch {self.batch}: give a multiple of the {rank_and_world()[1]} processes")
-        long_steps = round(self.long_share * self.tokens / (self.batch * self.long_context))
-        self.short_steps = (self.tokens - long_steps * self.batch * self.long_context) // (self.batch * self.context)
-        if self.short_steps < 1:
-            raise InputError(f"--tokens {self.tokens}: a step takes {self.batch * self.context:,}; give at least as many")
-        self.transfer_steps, self.warm_up = (min(n, self.short_steps // 3) for n in (self.transfer_steps, self.warm_up))
-        self.steps = self.short_steps + long_steps
-        self.longest = self.long_context if long_steps else self.context    # tokens of the longest sequences
-        self.trained_tokens = self.tokens_after(self.steps)                 # the budget in whole steps
-
-    def tokens_after(self, step: int) -> int:
-        return self.batch * (min(step, self.short_steps) * self.context + max(0, step - self.short_steps) * self.long_context)
-
-    def stage(self, step: int) -> tuple[int, int, float]:
-        """The first step of the stage that this one is in, the first after it, and the stage's learning rate."""
-        if step < self.transfer_steps:
-            return 0, self.transfer_steps, self.tail_lr
-        if step < self.short_steps:
-            return self.transfer_steps, self.short_steps, self.lr
-        return self.short_steps, self.steps, self.tail_lr
-
-    def learning_rate(self, step: int) -> float:
-        """A stage stays at its rate up to its step STEADY and falls as 1 / sqrt(t) from there on. Stage 2 warms up before, for a
-        number of steps that does not depend on its length, since the average (`Optimizer`) is its result at any step; the others
-        for a twentieth of theirs."""
-        first, last, peak = self.stage(step)
-        t, warm_up = step - first + 1, self.warm_up if first == self.transfer_steps else (last - first) // 20
-        return peak * min(1.0, t / max(1, warm_up), (STEADY / t) ** 0.5)
-
-    def validates(self, step: int) -> bool:
-        """Ten times in a run, before it, between the stages, and at its end."""
-        return step % max(1, self.steps // 10) == 0 or step in (self.transfer_steps, self.short_steps, self.steps)
-
-    def read(self, step: int, train: Tensor) -> Tensor:
-        """The sequences of a step [batch, tokens]: passes over all of `train` [N, context], each in an order of its own; in
-        stage 3 over the same text in longer sequences."""
-        tokens, before = (self.long_context, self.short_steps) if step >= self.short_steps else (self.context, 0)
-        count = train.numel() // tokens
-        order = lambda i: torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + i))
-        positions = range((step - before) * self.batch, (step - before + 1) * self.batch)
-        passes = {i // count: order(i // count) for i in positions}
-        rows = torch.stack([passes[i // count][i % count] for i in positions])
-        return train.flatten()[:count * tokens].view(count, tokens)[rows]
-
-
-def tail_names(student: Model) -> set[str]:
-    """The parameters of the L layers' tails that can learn, by their names in the model."""
-    return {f"layers.{i}.self_attn.{name}" for i, tier in enumerate(student.plan) if tier == "L"
-            for name in student.layers[i].self_attn.tail_parameters()}
-
-
-def heal(teacher: Model, student: Model, train: Tensor, valid: Tensor, settings: Healing, checkpoint: Path,
-         identity: dict, checkpoint_every: float = 180.0) -> dict:
-    """Heals `student` in place and merges its adapters. Returns the curve: under `train` the loss of every step (stage 1's
-    is the transfer error), under `valid` pairs of tokens seen and KL on `valid`.
-
-    teacher: the original; student: `convert(teacher, plan)`; train, valid [N, context] ids. The run is saved to
-    `checkpoint` every `checkpoint_every` seconds, at Ctrl-C (then KeyboardInterrupt is raised) and at its end, and goes on
-    from there; `identity` says what else must be the same for that (the model, the plan, the data). What stage 2 ends with is kept
-    beside it, for a run of more tokens to go on from.
-    Raises Diverged when the loss is not finite, InputError when the checkpoint was made with other settings or is past `tokens`.
-    """
-    tails = tail_names(student)
-    if settings.full:
-        for name, parameter in list(student.named_parameters()):       # the teacher keeps the original tensors
-            parent, _, leaf = name.rpartition(".")
-            setattr(student.get_submodule(parent), leaf, nn.Parameter(parameter.detach().clone()))
-    else:
-        add_adapters(student, settings.rank, settings.seed)
-    learns = lambda name: name in tails or name.endswith((".A", ".B")) or settings.full and not name.endswith("_map")
-    trained = {name: parameter for name, parameter in student.named_parameters() if learns(name)}
-    student.requires_grad_(False)
-    optimizer = Optimizer(trained)
-    identity = json.loads(json.dumps({**identity, **asdict(settings), "average": AVERAGE, "steady": STEADY}))
-    distilled = checkpoint.with_name(f"{checkpoint.stem}-distilled.safetensors")
-    saved_state = find_checkpoint([checkpoint, distilled], settings, identity)
-    step, curve = optimizer.load(saved_state) if saved_state else (0, {"train": [], "valid": []})
-
-    rank, world = rank_and_world()
-    targets = [(ids, teacher.hidden(ids)) for ids in valid.to(teacher.device)[rank::world].split(4) if len(ids)]
-    stop, saved = Interrupt(), time.monotonic()
-    tokens = settings.tokens_after
-    with stop, tqdm(total=tokens(settings.steps), initial=tokens(step), desc="healing", unit="tok", unit_scale=True) as bar:
-        while True:
-            if settings.validates(step) and not (curve["valid"] and curve["valid"][-1][0] == tokens(step)):
-                optimizer.exchange()
-                curve["valid"].append([tokens(step), validation_kl(student, teacher.head, targets)])
-                optimizer.exchange()
-                first, kl = curve["valid"][0][1], curve["valid"][-1][1]
-                bar.write(f"  {tokens(step):>10,} tokens   validation KL {kl:.4f}  {'█' * round(32 * min(1.0, kl / max(first, 1e-9)))}")
-            asked = torch.tensor(float(stop.asked), device=teacher.device)
-            sum_over_processes([asked])                         # all stop before the same step
-            if rank == 0 and (step == settings.steps or asked or time.monotonic() - saved > checkpoint_every):
-                optimizer.save(checkpoint, step, curve, identity)
-                saved = time.monotonic()
-            if rank == 0 and step == settings.short_steps < settings.steps:
-                optimizer.save(distilled, step, curve, identity)
-            if asked:
-                raise KeyboardInterrupt
-            if step in (settings.transfer_steps, settings.short_steps, settings.steps):
-                optimizer.end_stage()
-            if step == settings.steps:
-                break
-            transfer = step < settings.transfer_steps
-            tails_alone = transfer or step >= settings.short_steps
-            for name, parameter in trained.items():
-                parameter.requires_grad_(not tails_alone or name in tails)
-            ids = settings.read(step, train)[rank::world].to(teacher.device)
-            loss = torch.zeros((), device=teacher.device)
-            for part in ids.split(settings.micro_batch or len(ids)):
-                loss += (attention_transfer if transfer else distillation)(teacher, student, part, len(part) / settings.batch)
-            sum_over_processes([loss] + [p.grad for p in trained.values() if p.grad is not None])
-            loss = float(loss)
-            if not math.isfinite(loss):
-                hint = "" if tails_alone else "; try a lower --lr"
-                raise Diverged(f"the loss is {loss} at step {step} ({tokens(step):,} tokens){hint}")
-            optimizer.step(settings.learning_rate(step), step - settings.stage(step)[0] + 1)
-            step += 1
-            curve["train"].append(round(loss, 5))
-            bar.set_postfix_str(f"{'transfer error' if transfer else 'KL'} {loss:.4f}")
-            bar.update(tokens(step) - bar.n)
-    if not settings.full:
-        merge_adapters(student)
-    student.requires_grad_(False)
-    student.config.healed_context = settings.longest
-    return curve
-
-
-def find_checkpoint(paths: list[Path], settings: Healing, identity: dict) -> Path | None:
-    """The first of these files that a run can go on from, None where there is none yet: it was made with the same tokens, or has not
-    gone beyond the second stage, neither its own nor that of `settings`."""
-    done = 0
-    for path in filter(Path.exists, paths):
-        try:
-            with safe_open(path, framework="pt") as file:
-                made_with, step = json.loads(file.metadata()["identity"]), int(file.metadata()["step"])
-        except SafetensorError as error:
-            raise InputError(f"{path}: cannot be read as safetensors ({error}); delete it to start anew") from None
-        for key in identity:
-            if key != "tokens" and made_with.get(key) != identity[key]:
-                raise InputError(f"{path}: was made with {key} = {made_with.get(key)}, not {identity[key]}; repeat that "
-                                 "command to go on, or give another --out, or delete the file")
-        made = replace(settings, tokens=made_with["tokens"])
-        if made.tokens == settings.tokens or step <= min(made.short_steps, settings.short_steps):
-            return path
-        done = max(done, made.tokens_after(step))
-    if done:
-        raise InputError(f"--tokens {settings.tokens}: the run in {paths[0].parent} is at {done:,} tokens; give more, or another --out")
-    return None
-
-
-def attention_transfer(teacher: Model, student: Model, ids: Tensor, weight: float = 1.0) -> Tensor:
-    """Adds the gradients of stage 1 and returns its error, averaged over the L layers and the sequences; both times `weight`."""
-    errors = [torch.zeros((), device=ids.device)]
-    rotary = teacher.rotary(ids.shape[1])
-    x = teacher.embed_tokens(ids)
-    for i, (ours, theirs) in enumerate(zip(student.layers, teacher.layers)):
-        if student.plan[i] == "L":
-            normed = theirs.input_layernorm(x)
-            with torch.no_grad():
-                target = theirs.self_attn(normed, rotary).float()
-            error = (ours.self_attn(normed, rotary).float() - target).square().mean((1, 2)) / target.square().mean((1, 2))
-            error = error.mean() * weight / student.plan.count("L")
-            error.backward()
-            errors.append(error.detach())
-        with torch.no_grad():
-            x = teacher.run_layers(x, i, i + 1)
-    return torch.stack(errors).sum()
-
-
-def distillation(teacher: Model, student: Model, ids: Tensor, weight: float = 1.0) -> Tensor:
-    """Adds the gradients of stage 2 and returns its loss, KL(teacher || student) per token; both times `weight`."""
-    with torch.no_grad():
-        target = teacher.hidden(ids)
-    loss = weight * sliced_kl(student.hidden(ids).flatten(0, 1), target.flatten(0, 1), student.head, teacher.head)
-    loss.backward()
-    return loss.detach()
-
-
-@torch.no_grad()
-def validation_kl(student: Model, teacher_head: Tensor, targets: list[tuple[Tensor, Tensor]]) -> float:
-    """KL per token over pairs of ids [B, T] and the teacher's hidden states [B, T, hidden_size], those of all processes."""
-    total = torch.zeros(2, device=teacher_head.device)                     # nats, tokens
-    for ids, target in targets:
-        kl = sliced_kl(student.hidden(ids).flatten(0, 1), target.flatten(0, 1), student.head, teacher_head)
-        total += torch.stack((kl * ids.numel(), torch.tensor(float(ids.numel()), device=kl.device)))
-    sum_over_processes([total])
-    return float(total[0] / total[1])
+# --- the optimizer -----------------------------------------------------------------------------
 
 
 class Optimizer:
-    """AdamW (arXiv 1711.05101) without weight decay, gradients clipped to norm 1, in float32: a bf16 weight that `full`
-    trains has a float32 master here. Its whole state goes into one safetensors file.
+    """AdamW (arXiv 1711.05101) without weight decay, gradients clipped to norm 1, in float32: a
+    bf16 weight that `full` trains has a float32 master here.
 
-    Beside the weights w_t it keeps their average, in which step t of a stage counts about as t^AVERAGE (arXiv 1212.1824, section 4):
+    Beside the weights w_t it keeps their average, in which step t of a stage counts about as
+    t^AVERAGE (arXiv 1212.1824, section 4):
 
-        average_t = (1 - c) average_{t-1} + c w_t      c = (AVERAGE + 1) / (AVERAGE + t)
+        average_t = (1 - c) average_{t-1} + c w_t        c = (AVERAGE + 1) / (AVERAGE + t)
 
-    w_t soon only circles around a point that moves on slowly; the average is that point (results/healing.md).
+    The weights soon circle around a point that moves slowly; the average is close to that point.
     """
 
     def __init__(self, trained: dict[str, nn.Parameter]):
         self.trained = trained
-        self.masters = {name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
-                        for name, p in trained.items()}
+        self.masters = {}
+        for name, parameter in trained.items():
+            exact = parameter.dtype == torch.float32
+            self.masters[name] = parameter if exact else nn.Parameter(parameter.detach().float())
         self.averages = {name: master.detach().clone() for name, master in self.masters.items()}
-        self.adam = torch.optim.AdamW(self.masters.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.adam = torch.optim.AdamW(
+            self.masters.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+        )
 
     @torch.no_grad()
-    def step(self, learning_rate: float, t: int = 1) -> None:
-        """With the gradients of the t-th step of a stage, from 1 on; at the first the average is the weight itself."""
+    def step(self, learning_rate: float, t: int) -> None:
+        """Takes the t-th step of a stage, t from 1 on. What has no gradient stays as it is."""
         for name, parameter in self.trained.items():
             master = self.masters[name]
             if master is not parameter and parameter.grad is not None:
-                master.grad, parameter.grad = parameter.grad.float(), None
+                master.grad = parameter.grad.float()
+                parameter.grad = None
+
         torch.nn.utils.clip_grad_norm_(self.masters.values(), 1.0)
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
         self.adam.step()
-        for name, master in self.masters.items():
-            if master.grad is not None:
-                self.averages[name].lerp_(master, (AVERAGE + 1) / (AVERAGE + t))
         self.adam.zero_grad(set_to_none=True)
+
+        c = (AVERAGE + 1) / (AVERAGE + t)  # 1 at first: the average starts as the weight
+        torch._foreach_lerp_(list(self.averages.values()), list(self.masters.values()), c)
         self.publish()
 
     @torch.no_grad()
     def exchange(self) -> None:
-        """The averages become the weights, and the weights are kept in their place."""
+        """The averages become the weights, and the weights take their place."""
         for name, master in self.masters.items():
             weight = master.clone()
             master.copy_(self.averages[name])
@@ -430,40 +499,48 @@ class Optimizer:
             master.copy_(self.averages[name])
         self.publish()
 
-    @torch.no_grad()
     def publish(self) -> None:
+        """Rounds the float32 masters to the model's own weights."""
         for name, parameter in self.trained.items():
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
 
-    def save(self, path: Path, step: int, curve: dict, identity: dict) -> None:
-        tensors = {name: master.detach() for name, master in self.masters.items()}
-        tensors |= {f"{name}/average": average for name, average in self.averages.items()}
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that a step depends on: NAME, NAME/average, and Adam's NAME/exp_avg,
+        NAME/exp_avg_sq and NAME/step where a step has been taken."""
+        tensors = {}
         for name, master in self.masters.items():
-            tensors |= {f"{name}/{key}": x for key, x in self.adam.state[master].items()}
-        metadata = {"step": str(step), "curve": json.dumps(curve), "identity": json.dumps(identity)}
-        write_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+            tensors[name] = master.detach()
+            tensors[f"{name}/average"] = self.averages[name]
+            for key, x in self.adam.state[master].items():
+                tensors[f"{name}/{key}"] = x
+        return tensors
 
     @torch.no_grad()
-    def load(self, path: Path) -> tuple[int, dict]:
-        with safe_open(path, framework="pt") as file:
-            metadata, stored = file.metadata(), set(file.keys())
-            for name, master in self.masters.items():
-                master.copy_(file.get_tensor(name))
-                self.averages[name].copy_(file.get_tensor(f"{name}/average"))
-                if f"{name}/step" in stored:                    # a parameter that has been stepped
-                    self.adam.state[master] = {key: file.get_tensor(f"{name}/{key}").to(master.device) for key in ("step", "exp_avg", "exp_avg_sq")}
+    def load(self, file) -> None:
+        """Takes over the `state` in an open safetensors file."""
+        stored = set(file.keys())
+        for name, master in self.masters.items():
+            master.copy_(file.get_tensor(name))
+            self.averages[name].copy_(file.get_tensor(f"{name}/average"))
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if f"{name}/{key}" in stored:
+                    x = file.get_tensor(f"{name}/{key}").to(master.device)
+                    self.adam.state[master][key] = x
         self.publish()
-        return int(metadata["step"]), json.loads(metadata["curve"])
+
+
+# --- Ctrl-C ------------------------------------------------------------------------------------
 
 
 class Interrupt:
-    """Turns the first Ctrl-C into a request that the loop answers between two steps; a second one stops at once."""
+    """Turns the first Ctrl-C into a request to stop after this step; a second one stops at once."""
 
     asked = False
 
     def __enter__(self):
         self.previous = signal.signal(signal.SIGINT, self.ask)
+        return self
 
     def __exit__(self, *error):
         signal.signal(signal.SIGINT, self.previous)
@@ -471,4 +548,4 @@ class Interrupt:
     def ask(self, *_):
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        tqdm.write("stopping after this step ...")
+        say("\nstopping after this step ...")

@@ -1,0 +1,181 @@
+"""What config.json says of a model: the families that are supported, the plan, and the tiers'
+settings.
+
+A plan is one letter per layer and the whole configuration of a conversion: S softmax attention, L
+sliding-window linear attention, X none. A converted folder has it in config.json under
+"layerboost".
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hub import InputError, read_json
+from kernels import FEATURE_MAPS
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+@dataclass
+class Config:
+    """What config.json says, under its own names, and the plan with its tier settings."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: dict  # rope_type, rope_theta, and what ROPE_FIELDS has for the type
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tie_word_embeddings: bool
+    sliding_windows: tuple[
+        int | None, ...
+    ]  # per layer: how far softmax attention sees, None for all
+    eos_token_ids: tuple[int, ...]
+    plan: str  # one letter per layer: S softmax, L sliding-window linear, X removed
+    window: int = 64
+    sinks: int = 4
+    feature_map: str = "hedgehog"
+    healed_context: int | None = None  # the longest sequences that the tails were healed on
+    raw: dict = field(default_factory=dict, repr=False)  # config.json as it was read
+
+
+def read_config(folder: Path) -> Config:
+    """config.json of a model folder. Raises InputError for what is missing or not supported."""
+    path = folder / "config.json"
+    raw = read_json(path)
+    boosted = raw.get("layerboost", {})
+    family = boosted.get("base_model_type", raw.get("model_type"))
+    check_supported(path, raw, family)
+
+    try:
+        layers, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
+        bias = raw.get("attention_bias", False)
+        config = Config(
+            model_type=family,
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            intermediate_size=raw["intermediate_size"],
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            max_position_embeddings=raw.get("max_position_embeddings", 2048),
+            rms_norm_eps=raw["rms_norm_eps"],
+            rope=read_rope(raw, path),
+            qkv_bias=family == "qwen2" or bias,
+            o_bias=family != "qwen2" and bias,
+            mlp_bias=raw.get("mlp_bias", False),
+            qk_norm=family == "qwen3",
+            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            sliding_windows=read_sliding_windows(raw, family, layers),
+            eos_token_ids=read_eos(raw, folder),
+            plan=boosted.get("plan", "S" * layers),
+            raw=raw,
+        )
+    except KeyError as missing:
+        raise InputError(f"{path}: {missing} is missing") from None
+
+    for name in ("window", "sinks", "feature_map", "healed_context"):
+        setattr(config, name, boosted.get(name, getattr(config, name)))
+    check_settings(config)
+    return config
+
+
+def check_supported(path: Path, raw: dict, family: str | None) -> None:
+    if family not in FAMILIES:
+        raise InputError(
+            f"{path}: model_type {family!r} is not supported; use {', '.join(FAMILIES)}"
+        )
+    if raw.get("hidden_act", "silu") != "silu":
+        raise InputError(
+            f"{path}: hidden_act {raw['hidden_act']!r} is not supported; these families use silu"
+        )
+    if "quantization_config" in raw:
+        raise InputError(
+            f"{path}: quantised weights are not supported; use the float checkpoint of this model"
+        )
+
+
+def read_rope(raw: dict, path: Path) -> dict:
+    """Both spellings: rope_theta with rope_scaling, and rope_parameters that holds all."""
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0)}
+    rope |= raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type", "default")
+    rope["rope_type"] = kind
+    if kind not in ROPE_FIELDS:
+        raise InputError(
+            f"{path}: rope type {kind!r} is not supported; use {', '.join(ROPE_FIELDS)}"
+        )
+    if raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise InputError(f"{path}: partial_rotary_factor is not supported")
+    for name in ROPE_FIELDS[kind]:
+        if name not in rope:
+            raise InputError(f"{path}: rope type {kind!r} needs {name!r}")
+    return rope
+
+
+def read_sliding_windows(raw: dict, family: str, layers: int) -> tuple[int | None, ...]:
+    window = raw.get("sliding_window")
+    in_use = family == "mistral" or family != "llama" and raw.get("use_sliding_window", False)
+    if not window or not in_use:
+        return (None,) * layers
+
+    first = 0 if family == "mistral" else raw.get("max_window_layers", layers)
+    kinds = raw.get("layer_types")
+    if not kinds:
+        kinds = ["full_attention"] * first + ["sliding_attention"] * (layers - first)
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def read_eos(raw: dict, folder: Path) -> tuple[int, ...]:
+    """The ids that end a text: generation_config.json's where it has them, since chat models name
+    several there, or config.json's."""
+    eos = raw.get("eos_token_id")
+    path = folder / "generation_config.json"
+    if path.exists():
+        chat_eos = read_json(path).get("eos_token_id")
+        eos = eos if chat_eos is None else chat_eos
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list) else (eos,)
+
+
+def parse_plan(text: str, layers: int) -> str:
+    """`SSLX...`, one letter per layer, or `uniform:L` for all layers alike."""
+    plan = text
+    if text.startswith("uniform:"):
+        plan = text.removeprefix("uniform:") * layers
+    if len(plan) != layers or set(plan) - set("SLX"):
+        raise InputError(
+            f"--plan {text!r}: give {layers} letters out of S (softmax), L (sliding-window linear) "
+            "and X (removed), or uniform:S, uniform:L, uniform:X"
+        )
+    return plan
+
+
+def check_settings(config: Config) -> None:
+    parse_plan(config.plan, config.num_hidden_layers)
+    if config.feature_map not in FEATURE_MAPS:
+        raise InputError(
+            f"--feature-map {config.feature_map!r}: use one of {', '.join(FEATURE_MAPS)}"
+        )
+    if config.window < 0 or config.sinks < 0:
+        raise InputError("--window and --sinks: give numbers of tokens, 0 or more")
+    if config.feature_map == "none" and config.window == 0:
+        raise InputError(
+            "--feature-map none --window 0: an L layer would see nothing; "
+            "give it a window or a feature map"
+        )

@@ -1,0 +1,273 @@
+"""Optional: the functions of kernels.py that run faster as C++ on a CPU (cpu.cpp), and how it is
+built.
+
+Each twin takes and gives what its original does. `runs(x)` says whether it can be used: on the CPU,
+without gradients, where a C++ compiler works; otherwise one warning is printed and torch runs
+instead. `enabled = False` is the one switch (--no-compile).
+
+The library is built once per machine: a shared object in the user's cache folder, named by a hash
+of the source, the command and the processor. Every call goes through `call`, which checks device,
+dtype, shape, contiguity and range, so no argument can make the C++ read or write outside its
+tensors.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels import Past
+
+enabled = True
+SOURCE = Path(__file__).with_name("cpu.cpp")
+NUMBERS = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+
+
+def runs(x: Tensor) -> bool:
+    """Whether the twins take x, a key, value or weight."""
+    usable = enabled and x.device.type == "cpu" and x.dtype in NUMBERS
+    return usable and not torch.is_grad_enabled() and compiler_works()
+
+
+# --- the twins ---------------------------------------------------------------------------------
+
+
+def softmax_step(query, new_key, new_value, slot, key, value, first, end) -> Tensor:
+    step = torch.ops.layerboost.step
+    return step(scaled(query), new_key, new_value, slot, key, value, first, end).to(query.dtype)
+
+
+def window_linear_step(
+    query,
+    new_key,
+    new_value,
+    slot,
+    key,
+    value,
+    end,
+    phi_query,
+    phi_key,
+    left,
+    tail_logit,
+    state,
+    norm,
+) -> Tensor:
+    local = (scaled(query), new_key, new_value, slot, key, value, torch.zeros_like(end), end)
+    tail = (phi_query, phi_key, left, tail_logit, state, norm)
+    return torch.ops.layerboost.step(*local, *tail).to(query.dtype)
+
+
+def window_linear_attention(
+    query, key, value, phi_query, phi_key, tail_logit, past: Past, window: int
+) -> Tensor:
+    start = past.start.expand(len(key))
+    local = (scaled(query), key, value, start, past.sink_key, past.sink_value)
+    tail = (None,) * 5
+    if phi_query is not None:
+        tail = (phi_query, phi_key, tail_logit, past.state, past.norm)
+    return torch.ops.layerboost.chunk(*local, *tail).to(query.dtype)
+
+
+def row_product(x: Tensor, weight: Tensor) -> Tensor:
+    """W x for a single row x [..., inputs] -> [..., outputs]: as fast as W is read."""
+    y = torch.ops.layerboost.row_product(x.float().flatten(), weight)
+    return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def scaled(query: Tensor) -> Tensor:
+    return query.float() * query.shape[-1] ** -0.5
+
+
+# --- calls into the library --------------------------------------------------------------------
+
+# What each function of cpu.cpp takes after its sizes and its output: dtype and shape, a letter for
+# each size. "number" is the dtype of keys, values and weights; "?" marks what may be None, "!" what
+# changes in place and so cannot be copied.
+LAYOUTS = {
+    "step": {
+        "query": "float B H 1 D",
+        "new_key": "number B G 1 D",
+        "new_value": "number B G 1 D",
+        "slot": "int B",
+        "key": "number! B G N D",
+        "value": "number! B G N D",
+        "first": "int B",
+        "end": "int B",
+        "phi_query": "float? B H 1 F",
+        "phi_key": "float? B G F",
+        "left": "number? B G D",
+        "tail_logit": "float? H",
+        "state": "float?! B G F D",
+        "norm": "float?! B G F",
+    },
+    "chunk": {
+        "query": "float B H T D",
+        "key": "number B G K D",
+        "value": "number B G K D",
+        "start": "int B",
+        "sink_key": "number B G S D",
+        "sink_value": "number B G S D",
+        "phi_query": "float? B H T F",
+        "phi_key": "float? B G T F",
+        "tail_logit": "float? H",
+        "state": "float? B G F D",
+        "norm": "float? B G F",
+    },
+    "row_product": {"x": "float I", "weight": "number O I"},
+}
+SIZES = {"step": "BGNF", "chunk": "BGTKSF", "row_product": "OI"}  # in the order of cpu.cpp
+DTYPES = {"float": torch.float32, "int": torch.int64}
+
+
+def call(function: str, out: Tensor, *tensors: Tensor | None) -> Tensor:
+    """Calls a function of cpu.cpp on `tensors`, which are as LAYOUTS has them. Returns `out`.
+
+    This is the one boundary into C++. Raises ValueError for a tensor of another device, dtype or
+    shape, for one that changes in place and is not contiguous, for a part of a tail without the
+    others, and for a position outside a cache.
+    """
+    layout = LAYOUTS[function]
+    number = tensors[list(layout).index("weight" if function == "row_product" else "key")].dtype
+    if number not in NUMBERS:
+        raise ValueError(f"cpu.{function}: {number} is neither float32 nor bfloat16")
+    sizes = {"1": 1}
+    kept = [out]  # contiguous copies must live until the call is over
+    for (name, spec), x in zip(layout.items(), tensors, strict=True):
+        kind, *letters = spec.split()
+        if x is None and "?" in kind:
+            kept.append(None)
+            continue
+        dtype = DTYPES.get(kind.strip("?!"), number)
+        fits = x.device.type == "cpu" and x.dtype == dtype and x.dim() == len(letters)
+        if not fits or any(sizes.setdefault(k, n) != n for k, n in zip(letters, x.shape)):
+            raise ValueError(
+                f"cpu.{function}: {name} is {x.dtype} {tuple(x.shape)} on {x.device}, not {dtype} "
+                f"{' '.join(letters)} on cpu with {sizes}"
+            )
+        if "!" in kind and not x.is_contiguous():
+            raise ValueError(f"cpu.{function}: {name} changes in place and is not contiguous")
+        kept.append(x.contiguous())
+
+    if "F" in sizes and any(x is None for x in kept):
+        raise ValueError(f"cpu.{function}: a tail needs all of its tensors")
+    heads, rest = divmod(sizes.get("H", 1), sizes.get("G", 1))
+    if rest:
+        raise ValueError(
+            f"cpu.{function}: {sizes['H']} query heads on {sizes['G']} key/value heads"
+        )
+    run = getattr(library(heads, sizes.get("D", 64), number), function)
+    run.restype = ctypes.c_bool
+    numbers = [ctypes.c_int64(sizes.get(letter, 0)) for letter in SIZES[function]]
+    pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in kept]
+    if not run(*numbers, *pointers):
+        raise ValueError(f"cpu.{function}: a position is outside the cache; call cache.resize")
+    return out
+
+
+def output_of(first: Tensor, *rest: Tensor | None) -> Tensor:
+    """An uninitialised output: like the query, or the rows of the weight."""
+    if first.dim() > 1:
+        return torch.empty_like(first, memory_format=torch.contiguous_format)
+    return first.new_empty(len(rest[0]))
+
+
+def define_operator(function: str) -> None:
+    """Makes a function an operator, so that it can be part of a compiled program."""
+    arguments = []
+    for i, (name, spec) in enumerate(LAYOUTS[function].items()):
+        kind = spec.split()[0]
+        written = f"({chr(97 + i)}!)" if "!" in kind else ""
+        optional = "?" if "?" in kind else ""
+        arguments.append(f"Tensor{written}{optional} {name}" + ("=None" if optional else ""))
+
+    def run(*tensors):
+        tensors += (None,) * (len(arguments) - len(tensors))
+        return call(function, output_of(*tensors), *tensors)
+
+    torch.library.define(f"layerboost::{function}", f"({', '.join(arguments)}) -> Tensor")
+    torch.library.impl(f"layerboost::{function}", "CPU", run)
+    torch.library.register_fake(f"layerboost::{function}", output_of)
+
+
+for function in LAYOUTS:
+    define_operator(function)
+
+
+# --- the build ---------------------------------------------------------------------------------
+
+
+@torch.compiler.assume_constant_result
+def compiler_works() -> bool:
+    return try_compiler()
+
+
+@functools.cache
+def try_compiler() -> bool:
+    """Builds one variant. Where that fails, says why, once."""
+    try:
+        library(1, 64, torch.float32)
+        return True
+    except (OSError, subprocess.CalledProcessError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        reason = output.strip().splitlines()[0]
+        print(
+            f"cpu.cpp was not built, torch runs instead, slower ({reason}); install g++, or name a "
+            "C++ compiler with OpenMP in CXX, or give --no-compile",
+            file=sys.stderr,
+        )
+        return False
+
+
+@functools.cache
+def library(heads: int, head_dim: int, dtype: torch.dtype) -> ctypes.CDLL:
+    """cpu.cpp for `heads` query heads a key/value head, built or found in the cache folder. Sums
+    may be taken in any order, as vector instructions do. Raises OSError or CalledProcessError."""
+    command = [os.environ.get("CXX", "g++"), "-O3", "-march=native", "-fopenmp", "-std=c++17"]
+    command += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-shared", "-fPIC"]
+    command += [f"-DHEADS={heads}", f"-DHEAD_DIM={head_dim}", f"-DNUMBER={NUMBERS[dtype]}"]
+
+    parts = (SOURCE.read_text(), " ".join(command), processor())
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    path = cache_folder() / f"cpu-{digest}.so"
+    if not path.exists():
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+        os.close(handle)
+        try:
+            build = [*command, str(SOURCE), "-o", temporary]
+            subprocess.run(build, text=True, check=True, capture_output=True)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    return ctypes.CDLL(str(path))
+
+
+def cache_folder() -> Path:
+    """A folder of the user's own, since what lies there is executed. Raises OSError for
+    another's."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "layerboost"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if sys.platform != "win32":
+        owner = folder.stat()
+        if owner.st_uid != os.getuid() or owner.st_mode & 0o022:
+            raise PermissionError(
+                f"{folder}: others can write there; remove it or set XDG_CACHE_HOME"
+            )
+    return folder
+
+
+def processor() -> str:
+    """What -march=native depends on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return f"{platform.machine()} {platform.processor()}"
+    lines = cpuinfo.read_text().split("\n\n")[0].splitlines()
+    return "\n".join(line for line in lines if line.startswith(("model name", "flags", "Features")))

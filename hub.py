@@ -1,0 +1,202 @@
+"""Files in and out: models and text found on disk or on the Hub, JSON and safetensors read and
+written safely.
+
+Everything that can be wrong with a file the user gave becomes an `InputError`: one line that names
+the file or flag and the fix. A file is written under a temporary name and renamed, so it is whole
+or not there.
+"""
+
+import gzip
+import json
+import os
+import re
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import errors as hub_errors
+from huggingface_hub import hf_hub_download, snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+C4 = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"  # the text to heal on when none is named
+TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json.gz")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
+
+
+class InputError(ValueError):
+    """Something the user can mend: the message is one line that names the file or flag and the
+    fix."""
+
+
+# --- found on disk or on the Hub ---------------------------------------------------------------
+
+
+def find_model(path_or_hub_id: str, revision: str | None = None) -> Path:
+    """The local folder of a model. Of a Hub id, the files that are read are downloaded, or found in
+    the Hub's cache. Raises InputError where there is neither."""
+    if os.path.isdir(path_or_hub_id):
+        return Path(path_or_hub_id)
+
+    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path_or_hub_id)
+    if not is_hub_id or path_or_hub_id.startswith("."):
+        raise InputError(f"{path_or_hub_id}: no such folder; give that of a model, or a Hub id")
+
+    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+    folder = download(
+        snapshot_download,
+        path_or_hub_id,
+        repo_id=path_or_hub_id,
+        revision=revision,
+        allow_patterns=patterns,
+    )
+    return Path(folder)
+
+
+def download(function, what: str, **arguments) -> str:
+    """Calls a download function of huggingface_hub; each of its errors becomes one line about
+    `what`."""
+    try:
+        return function(**arguments)
+    except hub_errors.GatedRepoError:
+        fix = "gated; accept its licence on its Hub page and run `hf auth login`"
+    except hub_errors.RevisionNotFoundError:
+        fix = f"has no revision {arguments.get('revision')!r}; check --revision"
+    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
+        fix = "neither a local path nor on the Hub; a private repository needs `hf auth login`"
+    except (
+        hub_errors.LocalEntryNotFoundError,
+        hub_errors.OfflineModeIsEnabled,
+        ConnectionError,
+        TimeoutError,
+    ):
+        fix = "not a local path, and the Hub cannot be reached; check either"
+    except hub_errors.EntryNotFoundError:
+        fix = "no such file on the Hub"
+    except hub_errors.HTTPError as error:
+        fix = str(error).strip().partition("\n")[0]
+    raise InputError(f"{what}: {fix}")
+
+
+# --- JSON and safetensors ----------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict:
+    """A file that holds one JSON object. Raises InputError where it does not."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: no such file; a model has config.json, *.safetensors and tokenizer.json"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds no JSON object")
+    return content
+
+
+@contextmanager
+def open_safetensors(path: Path, fix: str = "download it again"):
+    """safe_open, on the CPU. Raises InputError, ending in `fix`, for a file that is damaged."""
+    try:
+        file = safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as safetensors ({error}); {fix}") from None
+    with file as tensors:
+        yield tensors
+
+
+def write_file(path: Path, write) -> None:
+    """write(temporary path), then rename. Raises OSError where it cannot be written."""
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        write(temporary)
+    except SafetensorError as error:  # its way to say that the disk is full
+        raise OSError(None, str(error), str(path)) from None
+    os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def save_safetensors(tensors: dict, path: Path, metadata: dict[str, str]) -> None:
+    write_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+# --- text --------------------------------------------------------------------------------------
+
+
+def read_documents(source: str, flag: str = "--data"):
+    """Yields the texts of `source`: a .txt file (one document), the `text` fields of a .jsonl,
+    .jsonl.gz or .json.gz file, those of a folder of such files in the order of their names, or of
+    `hub:OWNER/DATASET/FILE`. Raises InputError naming the file and line."""
+    path = find_text(source, flag)
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.name.endswith(TEXT_SUFFIXES))
+    if not path.exists() or not files:
+        kinds = ", ".join(TEXT_SUFFIXES)
+        raise InputError(f"{flag} {source}: no such file, or a folder without {kinds} files")
+
+    for file in files:
+        if file.suffix == ".txt":
+            yield file.read_text(encoding="utf-8", errors="replace")
+        elif file.name.endswith(TEXT_SUFFIXES):
+            yield from read_text_fields(file, flag)
+        else:
+            kinds = ", ".join(TEXT_SUFFIXES)
+            raise InputError(f"{flag} {file}: give one of {kinds}, or a folder of them")
+
+
+def find_text(source: str, flag: str) -> Path:
+    if not source.startswith("hub:"):
+        return Path(source)
+
+    owner, dataset, file = (source[4:].split("/", 2) + ["", ""])[:3]
+    if not file.endswith(TEXT_SUFFIXES):
+        kinds = ", ".join(TEXT_SUFFIXES)
+        raise InputError(f"{flag} {source}: give hub:OWNER/DATASET/FILE, the file one of {kinds}")
+    path = download(
+        hf_hub_download,
+        f"{flag} {source}",
+        repo_id=f"{owner}/{dataset}",
+        filename=file,
+        repo_type="dataset",
+    )
+    return Path(path)
+
+
+def read_text_fields(file: Path, flag: str):
+    """The `text` field of each line. Damage is the file's: its line is named."""
+    damage = (
+        json.JSONDecodeError,
+        KeyError,
+        TypeError,
+        UnicodeDecodeError,
+        EOFError,
+        gzip.BadGzipFile,
+        zlib.error,
+    )
+    number = 1
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
+        try:
+            for number, line in enumerate(lines, 1):  # noqa: B007
+                text = json.loads(line)["text"]
+                if not isinstance(text, str):
+                    raise TypeError
+                yield text
+        except damage:
+            raise InputError(
+                f"{flag} {file}: line {number}: not a JSON object with a `text` field"
+            ) from None

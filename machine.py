@@ -1,0 +1,96 @@
+"""What the program runs on: the device, the dtype, the processes under torchrun, the terminal.
+
+Under torchrun each process holds the model and takes its share of the work (data parallelism),
+which needs three operations: who am I (`rank_and_world`), the sum of gradients
+(`sum_over_processes`), and the results of all (`gather`). Without torchrun there is one process,
+and they do nothing.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from hub import InputError
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that prints and writes; torchrun numbers them in RANK."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def say(*lines) -> None:
+    """Prints on the main process alone."""
+    if is_main_process():
+        print(*lines, sep="\n", flush=True)
+
+
+def progress(*iterable, **options) -> tqdm:
+    """A tqdm bar on the main process alone."""
+    return tqdm(*iterable, disable=not is_main_process(), **options)
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Which of how many processes this is: (0, 1) without torchrun."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def sum_over_processes(tensors: list[Tensor]) -> None:
+    """Replaces each tensor by its sum over all processes; they travel as one."""
+    if dist.is_initialized():
+        joined = torch.cat([x.flatten().float() for x in tensors])
+        dist.all_reduce(joined)
+        totals = joined.split([x.numel() for x in tensors])
+        for x, total in zip(tensors, totals, strict=True):
+            x.copy_(total.view_as(x))
+
+
+def gather(item) -> list:
+    """The items of all processes, in the order of their ranks."""
+    items = [item]
+    if dist.is_initialized():
+        items = [None] * dist.get_world_size()
+        dist.all_gather_object(items, item)
+    return items
+
+
+def start_process(device: str | None) -> str:
+    """The device of this process. Under torchrun it joins the others."""
+    device = pick_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device == "cuda":
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return device
+
+
+def pick_device(name: str | None) -> str:
+    """The device that was asked for, or the GPU where there is one. Raises InputError for a device
+    that is neither CPU nor GPU, or is not here."""
+    try:
+        known = torch.empty(0, device=name or "cpu").device.type in ("cpu", "cuda")
+    except (RuntimeError, AssertionError):
+        known = False
+    if not known:
+        raise InputError(f"--device {name}: there is no such device here; use cpu or cuda")
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(device: str) -> str:
+    """bfloat16 where the processor has instructions that multiply it, else float32. No measurement
+    decides this: a run that is resumed must go on in the dtype it began with."""
+    if device.startswith("cuda"):
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # The first two are x86's, the last is Arm's. torch uses all of them through oneDNN.
+        names = ("avx512_bf16", "amx_bf16", "bf16")
+        has_bf16 = torch.backends.mkldnn.is_available() and any(
+            torch.cpu.get_capabilities().get(name) for name in names
+        )
+    return "bfloat16" if has_bf16 else "float32"

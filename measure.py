@@ -1,0 +1,390 @@
+"""Quality: what a conversion cost. Each measure is written once and has three callers: the scan's
+probes, healing's validation and the report.
+
+On text, from the next-token distributions p of the base and q of the model at each position:
+
+    KL(base || model) = sum_v p_v (log p_v - log q_v)     how far the model has moved from the base
+    top-1 agreement                                       how often both name the same next token
+    perplexity = exp(mean of -log q(next token))          how well it predicts the text itself
+
+Perplexity alone hides what a window loses, since most words follow from the last few. Passkey
+recall shows it: a number is hidden in long text and must be repeated at its end, by context length
+and depth (arXiv 2305.16300, section 4.3).
+
+On question files, one JSON object a line, in one of three formats:
+
+    query, choices, gold                   multiple choice: the choice of the highest
+                                           log-likelihood wins, raw and per byte
+    context_options, continuation, gold    Winograd-style: the context that makes the continuation
+                                           likeliest wins
+    context, continuation                  LAMBADA: greedy decoding gives exactly the continuation
+
+Logits are large: those of 4,096 positions over 128k tokens take 2 GB in float32. So all measures
+start from hidden states after the final norm, and make the logits of a slice of positions, or of an
+answer's positions, alone.
+"""
+
+import itertools
+import json
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from attention import linear
+from hub import InputError
+from kernels import logit_kl, slice_rows
+from machine import progress
+from model import Model
+from tokenizer import Tokenizer
+
+RECALL_LENGTHS = (256, 512, 1024, 2048)
+RECALL_DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+PASSKEY_HEAD = (
+    "There is important information hidden in a lot of irrelevant text. Find it and remember it.\n"
+)
+PASSKEY_NEEDLE = "\nThe pass key is {number}. Remember it. {number} is the pass key.\n"
+PASSKEY_QUESTION = "\nWhat is the pass key? The pass key is"
+
+Prompt = tuple[list[int], list[int]]  # context ids, answer ids
+
+
+# --- text --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def kl_by_position(hidden: Tensor, base_hidden: Tensor, head: Tensor, base_head: Tensor) -> Tensor:
+    """KL(base || model) at each position, in nats.
+
+    hidden, base_hidden [B, T, d]: hidden states after the final norm; head, base_head [V, d]
+    -> [B, T] float32. Callers slice it: its mean, halves of the text, late positions.
+    """
+    slices = sliced_logits(hidden, base_hidden, head, base_head)
+    kl = [logit_kl(logits, base_logits) for logits, base_logits in slices]
+    return torch.cat(kl).view(hidden.shape[:2])
+
+
+@torch.no_grad()
+def compare_by_position(
+    hidden: Tensor, base_hidden: Tensor, head: Tensor, base_head: Tensor, following: Tensor
+) -> Tensor:
+    """The same with two measures more: [3, B, T] float32, at each position the negative
+    log-likelihood of the token that follows (`following` [B, T] ids), in nats, the KL, and 1 where
+    both models name the same next token."""
+    slices = sliced_logits(hidden, base_hidden, head, base_head)
+    next_tokens = following.flatten().split(slice_rows(hidden.device))
+
+    figures = []
+    for (logits, base_logits), token in zip(slices, next_tokens, strict=True):
+        nll = F.cross_entropy(logits.float(), token, reduction="none")
+        kl = logit_kl(logits, base_logits)
+        same = logits.argmax(-1) == base_logits.argmax(-1)
+        figures.append(torch.stack((nll, kl, same.float())))  # (3, rows)
+    return torch.cat(figures, dim=1).view(3, *hidden.shape[:2])
+
+
+def sliced_logits(hidden: Tensor, base_hidden: Tensor, head: Tensor, base_head: Tensor):
+    """Yields the logits of both models, [rows, V] each, one slice of positions at a time."""
+    rows = slice_rows(hidden.device)
+    parts = hidden.flatten(0, 1).split(rows)
+    base_parts = base_hidden.flatten(0, 1).split(rows)
+    for part, base_part in zip(parts, base_parts, strict=True):
+        yield linear(part, head), linear(base_part, base_head)
+
+
+@torch.inference_mode()
+def text_quality(
+    models: dict[str, Model], base: Model, tokenizer: Tokenizer, sequences: Tensor, batch: int = 4
+) -> dict[str, dict]:
+    """{name: {perplexity, bits_per_byte, kl, agreement}} on sequences [N, T] of ids, the last two
+    against `base`. Bits per UTF-8 byte of the text, special tokens left out, are perplexity made
+    comparable between tokenizers."""
+    totals = {name: torch.zeros(3, dtype=torch.float64) for name in models}
+    batches = sequences.to(base.device).split(batch)
+    for ids in progress(batches, desc="text", unit="batch", leave=False):
+        following = F.pad(ids[:, 1:], (0, 1))
+        base_hidden = base.hidden(ids)
+        for name, model in models.items():
+            hidden = base_hidden if model is base else model.hidden(ids)
+            figures = compare_by_position(hidden, base_hidden, model.head, base.head, following)
+            figures[0, :, -1] = 0  # nothing is known to follow the last token
+            totals[name] += figures.double().sum((1, 2)).cpu()
+
+    predicted = sequences[:, 1:]
+    special = set(tokenizer.added.values())
+    plain = [id for id in predicted.flatten().tolist() if id not in special]
+    text_bytes = len(tokenizer.decode_bytes(plain))
+
+    report = {}
+    for name, total in totals.items():
+        nll, kl, same = total.tolist()
+        report[name] = {
+            "perplexity": math.exp(nll / predicted.numel()),
+            "bits_per_byte": nll / math.log(2) / text_bytes,
+            "kl": kl / sequences.numel(),
+            "agreement": same / sequences.numel(),
+        }
+    return report
+
+
+# --- prompts with an answer --------------------------------------------------------------------
+
+
+@dataclass
+class Scored:
+    """What a model makes of one answer."""
+
+    log_likelihood: float  # of all its tokens together, in nats
+    greedy: bool  # whether greedy decoding gives exactly it
+
+
+@torch.inference_mode()
+def score_answers(
+    model: Model, prompts: list[Prompt], desc: str = "answers", batch_tokens: int = 4096
+) -> list[Scored]:
+    """One Scored for each prompt. Prompts of like length share a batch of up to `batch_tokens`."""
+    lengths = [len(context) + len(answer) for context, answer in prompts]
+    longest_first = sorted(range(len(prompts)), key=lengths.__getitem__, reverse=True)
+    scored: dict[int, Scored] = {}
+
+    with progress(total=len(prompts), desc=desc, leave=False) as bar:
+        while len(scored) < len(prompts):
+            longest = lengths[longest_first[len(scored)]]
+            count = max(1, batch_tokens // longest)
+            indices = longest_first[len(scored) : len(scored) + count]
+
+            group = [prompts[i] for i in indices]
+            hidden = model.hidden(pad_prompts(group).to(model.device))
+            scored |= zip(indices, score_rows(hidden, model.head, group), strict=True)
+            bar.update(len(group))
+    return [scored[i] for i in range(len(prompts))]
+
+
+def pad_prompts(prompts: list[Prompt]) -> Tensor:
+    """[N, T] ids, padded on the right."""
+    rows = [torch.tensor(context + answer) for context, answer in prompts]
+    return pad_sequence(rows, batch_first=True)
+
+
+def score_rows(hidden: Tensor, head: Tensor, prompts: list[Prompt]) -> list[Scored]:
+    """hidden [N, T, d]: the final hidden states of a batch from `pad_prompts`."""
+    scored = []
+    for row, (context, answer) in zip(hidden, prompts, strict=True):
+        first = len(context) - 1  # the state that predicts the answer's first token
+        scored.append(score_hidden(row[first : first + len(answer)], head, answer))
+    return scored
+
+
+def score_hidden(hidden: Tensor, head: Tensor, answer: list[int]) -> Scored:
+    """hidden [len(answer), d]: the states that predict each token of the answer."""
+    logits = linear(hidden, head).float()
+    tokens = torch.tensor(answer, device=logits.device)
+    log_likelihood = -F.cross_entropy(logits, tokens, reduction="sum")
+    greedy = (logits.argmax(-1) == tokens).all()
+    return Scored(float(log_likelihood), bool(greedy))
+
+
+# --- passkey recall ----------------------------------------------------------------------------
+
+
+def passkey_prompts(
+    tokenizer: Tokenizer,
+    text: Tensor,
+    length: int,
+    depths: tuple[float, ...] = RECALL_DEPTHS,
+    count: int = 4,
+    seed: int = 0,
+) -> list[tuple[float, Prompt]]:
+    """[(depth, prompt)]: `count` prompts of `length` tokens, answer included, for each depth (0 the
+    start, 1 the end), each hidden in another part of `text` (ids of any shape)."""
+
+    def encode(words: str) -> list[int]:
+        return tokenizer.encode(words, special=False)
+
+    draw = random.Random(f"{seed} {length}")
+    text = text.flatten().repeat(1 + length // text.numel())  # a short text is told again
+    head = tokenizer.prefix + encode(PASSKEY_HEAD)
+    question = encode(PASSKEY_QUESTION)
+
+    prompts = []
+    for depth in depths:
+        for _ in range(count):
+            number = str(draw.randrange(10000, 100000))
+            needle = encode(PASSKEY_NEEDLE.format(number=number))
+            answer = encode(f" {number}")
+
+            room = length - len(head) - len(needle) - len(question) - len(answer)
+            start = draw.randrange(max(1, len(text) - room))
+            filler = text[start : start + room].tolist()
+
+            before = int(room * depth)
+            context = head + filler[:before] + needle + filler[before:room] + question
+            prompts.append((depth, (context, answer)))
+    return prompts
+
+
+def passkey_recall(
+    model: Model,
+    tokenizer: Tokenizer,
+    text: Tensor,
+    lengths: tuple[int, ...] = RECALL_LENGTHS,
+    count: int = 4,
+) -> dict:
+    """{"recall": {length: share repeated exactly}, "recall_by_depth": {length: {depth: share}}},
+    from `count` prompts at each length and depth."""
+    by_depth = {}
+    for length in lengths:
+        prompts = passkey_prompts(tokenizer, text, length, count=count)
+        scored = score_answers(model, [prompt for _, prompt in prompts], f"passkey at {length}")
+
+        found: dict[float, list[bool]] = {depth: [] for depth in RECALL_DEPTHS}
+        for (depth, _), answer in zip(prompts, scored, strict=True):
+            found[depth].append(answer.greedy)
+        by_depth[str(length)] = {str(depth): mean(repeated) for depth, repeated in found.items()}
+
+    recall = {length: mean(shares.values()) for length, shares in by_depth.items()}
+    return {"recall": recall, "recall_by_depth": by_depth}
+
+
+# --- question files ----------------------------------------------------------------------------
+
+
+def read_tasks(paths: list[str], limit: int | None) -> dict[str, list[dict]]:
+    """{name: items} of question files. Raises InputError for two of one name, and where `read_task`
+    does."""
+    tasks = {Path(path).stem: read_task(path, limit) for path in paths}
+    if len(tasks) < len(paths):
+        raise InputError(
+            f"--tasks {' '.join(paths)}: give files of different names; the report has them by "
+            "their names"
+        )
+    return tasks
+
+
+def read_task(path: str, limit: int | None = None) -> list[dict]:
+    """The items of a question file, the first `limit` of them. Raises InputError for a line that is
+    in none of the three formats, or not in that of the first line."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = list(itertools.islice(file, limit))
+    except OSError as error:
+        raise InputError(f"--tasks {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"--tasks {path}: {error}") from None
+
+    items: list[dict] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError:
+            item = None
+        kind = task_format(item)
+        if kind is None or (items and kind != task_format(items[0])):
+            raise InputError(
+                f"--tasks {path}: line {number}: give query, choices, gold; or context_options, "
+                "continuation, gold; or context, continuation; texts that are not empty, gold the "
+                "number of one from 0 on, all lines alike"
+            )
+        items.append(item)
+
+    if not items:
+        raise InputError(f"--tasks {path}: is empty")
+    return items
+
+
+def task_format(item) -> str | None:
+    """`choices`, `context_options` or `context`, by what is scored against each other; None where
+    something is missing or wrong."""
+    if not isinstance(item, dict):
+        return None
+
+    for kind, text in (("choices", "query"), ("context_options", "continuation")):
+        if kind in item:
+            options = item[kind]
+            gold = item.get("gold")
+            if not isinstance(options, list) or not are_texts(*options, item.get(text)):
+                return None
+            return kind if type(gold) is int and 0 <= gold < len(options) else None
+
+    return "context" if are_texts(item.get("context"), item.get("continuation")) else None
+
+
+def are_texts(*values) -> bool:
+    return all(isinstance(value, str) and value.strip() for value in values)
+
+
+def task_prompts(item: dict, tokenizer: Tokenizer) -> list[Prompt]:
+    """The prompts of one item, one for each choice. Context and answer are encoded together, and
+    the answer is what follows the context's own tokens."""
+    if "choices" in item:
+        query = item["query"].rstrip()
+        if query.startswith("Question:"):
+            query += "\nAnswer:"
+        pairs = [(query, choice) for choice in item["choices"]]
+    else:
+        contexts = item.get("context_options", [item.get("context")])
+        pairs = [(context.rstrip(), item["continuation"]) for context in contexts]
+
+    prompts = []
+    for context, answer in pairs:
+        ids = tokenizer.encode(f"{context} {answer}", special=False)
+        cut = len(tokenizer.encode(context, special=False))
+        prompts.append((tokenizer.prefix + ids[:cut], ids[cut:]))
+    return prompts
+
+
+def task_quality(model: Model, tokenizer: Tokenizer, name: str, items: list[dict]) -> dict:
+    """The figures of `task_accuracy` for the items of one file."""
+    by_item = [task_prompts(item, tokenizer) for item in items]
+    scored = iter(score_answers(model, list(itertools.chain(*by_item)), name))
+    return task_accuracy(items, [[next(scored) for _ in prompts] for prompts in by_item])
+
+
+def task_accuracy(items: list[dict], scored: list[list[Scored]]) -> dict:
+    """The figures of one file, from the scored choices of each item: `items`, `accuracy`, and by
+    format `accuracy_norm` (by log-likelihood per byte) or `perplexity` (of LAMBADA's last word)."""
+    if "gold" not in items[0]:
+        answers = [choices[0] for choices in scored]
+        return {
+            "items": len(items),
+            "accuracy": mean(answer.greedy for answer in answers),
+            "perplexity": math.exp(-mean(answer.log_likelihood for answer in answers)),
+        }
+
+    right = []
+    right_per_byte = []
+    for item, choices in zip(items, scored, strict=True):
+        values = [choice.log_likelihood for choice in choices]
+        right.append(index_of_largest(values) == item["gold"])
+        if "choices" in item:
+            sizes = [len(text.encode()) for text in item["choices"]]
+            per_byte = [value / size for value, size in zip(values, sizes, strict=True)]
+            right_per_byte.append(index_of_largest(per_byte) == item["gold"])
+
+    figures = {"items": len(items), "accuracy": mean(right)}
+    if right_per_byte:
+        figures["accuracy_norm"] = mean(right_per_byte)
+    return figures
+
+
+# --- statistics --------------------------------------------------------------------------------
+
+
+def index_of_largest(values: list[float]) -> int:
+    return max(range(len(values)), key=values.__getitem__)
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def quantile(values, share: float) -> float:
+    """The value that this share of the others lies below: 0.5 for the median."""
+    return sorted(values)[int(share * (len(values) - 1) + 0.5)]

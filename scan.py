@@ -1,0 +1,352 @@
+"""The scan and the plan: how much each layer suffers when its attention is changed, and which tier
+each layer gets.
+
+For each layer alone, X (attention removed) and L (sliding-window linear attention) are tried, and
+the damage against the untouched model is measured by
+
+    kl       KL(base || altered) on calibration text, in nats a token
+    recall   the drop in the log-probability of a passkey hidden in long text, in nats
+    task     the drop in accuracy on a question file (the paper's benchmark degradation)
+
+The hidden state that enters layer i does not depend on what happens in layer i. So the base's
+residual streams are carried from layer to layer, and a trial starts at its own layer: half the work
+of running every altered model whole.
+
+A plan keeps softmax (S) in `keep` layers and removes the attention (X) of `drop`. `plan_paper`
+ranks layers by their X column alone (arXiv 2604.22050); `plan_tier` minimises the summed damage
+over both columns, exactly.
+"""
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distill import Diverged
+from hub import InputError, read_json, write_json
+from machine import gather, progress, rank_and_world
+from measure import (
+    kl_by_position,
+    mean,
+    pad_prompts,
+    passkey_prompts,
+    read_task,
+    score_rows,
+    task_accuracy,
+    task_prompts,
+)
+from model import Model, convert
+from tokenizer import Tokenizer
+
+CALIBRATION_CONTEXT = 2048  # tokens a sequence of the kl measure
+CALIBRATION_SEQUENCES = 4
+RECALL_PROMPTS = {512: 4, 1024: 2, 2048: 1}  # by context length, of the recall measure
+TASK_ITEMS = 100  # of the first question file, of the task measure
+MEASURES = ("kl", "recall", "task")
+
+
+# --- measures of damage ------------------------------------------------------------------------
+
+
+class Probe(NamedTuple):
+    """One measure: what is read, and what to make of an altered model's hidden states on it."""
+
+    batches: list[Tensor]  # of ids [B, T]
+    damage: Callable[[list[Tensor]], dict[str, float]]  # {column: damage}, 0 for none
+
+
+def kl_probe(model: Model, sequences: Tensor) -> Probe:
+    """Columns besides `kl`: either half of the text, early and late positions. Every fourth
+    position is judged, since the head costs as much as a third of the layers."""
+    every = 4
+    batches = list(sequences.to(model.device).split(2))
+    base = [model.hidden(ids)[:, ::every] for ids in batches]
+
+    def damage(hiddens: list[Tensor]) -> dict[str, float]:
+        parts = []
+        for hidden, base_hidden in zip(hiddens, base):
+            hidden = hidden[:, ::every]
+            parts.append(kl_by_position(hidden, base_hidden, model.head, model.head))
+        kl = torch.cat(parts)  # (sequences, T / every)
+
+        half, quarter = len(kl) // 2, kl.shape[1] // 4
+        columns = {
+            "kl": kl,
+            f"kl, tokens to {every * quarter}": kl[:, :quarter],
+            f"kl, tokens from {2 * every * quarter}": kl[:, 2 * quarter :],
+        }
+        if half:
+            columns |= {"kl, text 1": kl[:half], "kl, text 2": kl[half:]}
+        return {name: float(values.mean()) for name, values in columns.items()}
+
+    return Probe(batches, damage)
+
+
+def recall_probe(model: Model, tokenizer: Tokenizer, text: Tensor) -> Probe:
+    """A column besides `recall` for each context length."""
+    groups = {}  # length: prompts
+    for length, count in RECALL_PROMPTS.items():
+        if length <= model.config.max_position_embeddings:
+            depths = tuple((i + 0.5) / count for i in range(count))
+            prompts = passkey_prompts(tokenizer, text, length, depths, 1, seed=1)
+            groups[length] = [prompt for _, prompt in prompts]
+    batches = [pad_prompts(group).to(model.device) for group in groups.values()]
+
+    def log_likelihoods(hiddens: list[Tensor]) -> list[list[float]]:
+        return [
+            [scored.log_likelihood for scored in score_rows(hidden, model.head, group)]
+            for hidden, group in zip(hiddens, groups.values())
+        ]
+
+    base = log_likelihoods([model.hidden(ids) for ids in batches])
+
+    def damage(hiddens: list[Tensor]) -> dict[str, float]:
+        drops = {}
+        for length, before, after in zip(groups, base, log_likelihoods(hiddens)):
+            drops[length] = [b - a for a, b in zip(after, before)]
+        columns = {"recall": mean(itertools.chain(*drops.values()))}
+        return columns | {f"recall at {length}": mean(group) for length, group in drops.items()}
+
+    return Probe(batches, damage)
+
+
+def task_probe(model: Model, tokenizer: Tokenizer, path: str) -> Probe:
+    items = read_task(path, TASK_ITEMS)
+    groups = [task_prompts(item, tokenizer) for item in items]
+    batches = [pad_prompts(group).to(model.device) for group in groups]
+
+    def accuracy(hiddens: list[Tensor]) -> float:
+        scored = [score_rows(hidden, model.head, group) for hidden, group in zip(hiddens, groups)]
+        return task_accuracy(items, scored)["accuracy"]
+
+    base = accuracy([model.hidden(ids) for ids in batches])
+
+    def damage(hiddens: list[Tensor]) -> dict[str, float]:
+        return {"task": base - accuracy(hiddens)}
+
+    return Probe(batches, damage)
+
+
+@torch.inference_mode()
+def make_probes(
+    model: Model,
+    tokenizer: Tokenizer,
+    measures: list[str],
+    calibration: Tensor,
+    text: Tensor,
+    tasks: list[str],
+) -> list[Probe]:
+    """calibration [N, T] and text, of any shape, are ids; the task measure takes the first of
+    `tasks`."""
+    probes = []
+    if "kl" in measures:
+        probes.append(kl_probe(model, calibration))
+    if "recall" in measures:
+        probes.append(recall_probe(model, tokenizer, text))
+    if "task" in measures:
+        probes.append(task_probe(model, tokenizer, tasks[0]))
+    return probes
+
+
+# --- the scan ----------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def scan(
+    model: Model, probes: list[Probe], tiers: dict, path: Path, identity: dict, layers: list[dict]
+) -> list[dict]:
+    """Changes each layer alone to X and to L: [{"X": {column: damage}, "L": ...} per layer],
+    several layers at a time under torchrun.
+
+    tiers: the settings of L. Goes on after the `layers` that an earlier run has measured, and
+    writes all of them to `path` after every layer. Raises Diverged for damage that is not finite.
+    """
+    n = len(model.layers)
+    altered = {
+        tier: convert(model, tier * n, **tiers) for tier in "XL"
+    }  # a trial takes a block of these
+    rank, world = rank_and_world()
+
+    i = len(layers) + rank
+    streams = [[model.embed_tokens(ids) for ids in probe.batches] for probe in probes]
+    streams = advance(model, streams, 0, i)
+    with progress(total=2 * n, initial=2 * len(layers), desc="scanning", unit="trial") as bar:
+        while len(layers) < n:  # each process takes one of the next layers
+            measured = {}
+            for tier in "XL" if i < n else "":
+                columns = {}
+                for probe, stream in zip(probes, streams):
+                    changed = advance(altered[tier], [stream], i, i + 1)
+                    (ends,) = advance(model, changed, i + 1, n)
+                    columns |= probe.damage([model.norm(x) for x in ends])
+                if not all(map(math.isfinite, columns.values())):
+                    raise Diverged(f"the damage of layer {i} as {tier} is not a finite number")
+                measured[tier] = columns
+                shown = " ".join(f"{k} {columns[k]:.3f}" for k in MEASURES if k in columns)
+                bar.set_postfix_str(f"layer {i} {tier} {shown}")
+                bar.update()
+
+            layers = layers + [row for row in gather(measured) if row]
+            bar.update(2 * len(layers) - bar.n)
+            if rank == 0:
+                write_json(path, {"identity": identity, "layers": layers})
+            streams = advance(model, streams, i, i + world)
+            i += world
+    return layers
+
+
+def advance(model: Model, streams: list[list[Tensor]], first: int, last: int):
+    """Runs layers first..last-1, as far as there are any, on the residual streams of all probes."""
+    last = min(last, len(model.layers))
+    return [[model.run_layers(x, first, last) for x in stream] for stream in streams]
+
+
+def check_scan(path: Path, identity: dict, measures: list[str], n: int) -> list[dict]:
+    """The layers that a scan file holds. Raises InputError naming the first thing in which it
+    differs from this run: a whole one must have the measures that are asked for, one that is to be
+    gone on with no others."""
+    again = "scan again (leave out --scan, or give another --out)"
+    made = read_json(path)
+    if not made.get("identity") or not made.get("layers"):
+        raise InputError(f"{path}: is no scan file; {again}")
+
+    columns = [name for name in MEASURES if name in made["layers"][0]["X"]]
+    unfinished = len(made["layers"]) < n
+    if not set(measures) <= set(columns) or unfinished and set(measures) != set(columns):
+        raise InputError(
+            f"{path}: was measured with --measure {'+'.join(columns)}, "
+            f"this run has {'+'.join(measures)}; {again}"
+        )
+    for key, value in identity.items():
+        before = made["identity"].get(key)
+        if before != value:
+            raise InputError(
+                f"{path}: was measured with {key} {before}, this run has {value}; {again}"
+            )
+    return made["layers"]
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """Twelve hex digits that tell sets of tensors apart, by their shapes and 64 values of each;
+    weights give the same ones in every precision."""
+    digest = hashlib.sha256()
+    for x in tensors:
+        flat = x.detach().flatten()
+        values = flat[:: max(1, flat.numel() // 64)]
+        if x.is_floating_point():
+            values = values.bfloat16()
+        digest.update(str(tuple(x.shape)).encode())
+        digest.update(values.double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+# --- planners ----------------------------------------------------------------------------------
+
+
+def costs_of(layers: list[dict], measures: list[str]) -> list[dict[str, float]]:
+    """Per layer the damage of each tier, none for S: the sum of the chosen measures, none of them
+    below zero, since a passkey that was easier by luck is no gain."""
+    costs = []
+    for row in layers:
+        cost = {"S": 0.0}
+        for tier in "LX":
+            cost[tier] = sum(max(0.0, row[tier][name]) for name in measures)
+        costs.append(cost)
+    return costs
+
+
+def plan_paper(costs: list[dict], keep: int, drop: int) -> str:
+    """Three bands by the X column: the `keep` most sensitive layers stay S, the `drop` least become
+    X."""
+    order = sorted(range(len(costs)), key=lambda i: costs[i]["X"])
+    plan = ["L"] * len(costs)
+    for i in order[len(order) - keep :]:
+        plan[i] = "S"
+    for i in order[:drop]:
+        plan[i] = "X"
+    return "".join(plan)
+
+
+def plan_tier(costs: list[dict], keep: int, drop: int) -> str:
+    """The plan with `keep` S and `drop` X of the least summed damage, by dynamic programming over
+    the layers: best[s, x] is the cheapest way to give the layers so far s S and x X."""
+    best = {(0, 0): (0.0, "")}
+    for cost in costs:
+        longer = {}
+        for (s, x), (total, plan) in best.items():
+            for tier, state in (("S", (s + 1, x)), ("L", (s, x)), ("X", (s, x + 1))):
+                if state[0] <= keep and state[1] <= drop:
+                    candidate = (total + cost[tier], plan + tier)
+                    longer[state] = min(longer.get(state, (math.inf, "")), candidate)
+        best = longer
+    return best[keep, drop][1]
+
+
+PLANNERS = {"tier": plan_tier, "paper": plan_paper}
+
+
+# --- what is shown -----------------------------------------------------------------------------
+
+
+def chart(layers: list[dict], measures: list[str], plan: str) -> str:
+    """Bars of the damage by layer, on a logarithmic scale since it spans three decades."""
+    costs = costs_of(layers, measures)
+    low = 1e-3
+    high = max(max(cost["X"], cost["L"]) for cost in costs) + 2 * low
+
+    def bar(value: float) -> str:
+        length = 24 * math.log(max(value, low) / low) / math.log(high / low)
+        return f"{'█' * int(length):24} {value:8.4f}"
+
+    measured = " + ".join(measures)
+    lines = [
+        f"damage of changing one layer alone, {measured} (logarithmic bars, {low:g} to {high:.2g})",
+        "layer  attention removed (X)              window and linear tail (L)         plan",
+    ]
+    for i, (cost, tier) in enumerate(zip(costs, plan)):
+        lines.append(f"{i:5}  {bar(cost['X'])}  {bar(cost['L'])}  {tier}")
+    return "\n".join(lines)
+
+
+def rank_agreements(layers: list[dict]) -> dict[str, float]:
+    """{"kl against recall (X)": Spearman's correlation of two rankings of the layers}: 1 the same
+    order, 0 unrelated. Between measures, the two halves of the text, early and late positions,
+    short and long contexts, and X and L."""
+    names = list(layers[0]["X"])
+    measured = [name for name in MEASURES if name in names]
+    pairs = list(itertools.combinations(measured, 2))
+    for kind in ("kl, text", "kl, tokens", "recall at"):
+        group = [name for name in names if name.startswith(kind)]
+        if len(group) > 1:
+            pairs.append((group[0], group[-1]))
+
+    def column(tier: str, name: str) -> list[float]:
+        return [row[tier][name] for row in layers]
+
+    agreements = {}
+    for a, b in pairs:
+        for tier in "XL":
+            agreements[f"{a} against {b} ({tier})"] = spearman(column(tier, a), column(tier, b))
+    for name in measured:
+        agreements[f"X against L by {name}"] = spearman(column("X", name), column("L", name))
+    return agreements
+
+
+def spearman(a: list[float], b: list[float]) -> float:
+    """The correlation of two rankings; ties share their mean rank."""
+    ranks = []
+    for values in (torch.tensor(a), torch.tensor(b)):
+        below = (values[:, None] > values).sum(1)
+        same = (values[:, None] == values).sum(1)
+        ranks.append(below + (same - 1) / 2)
+    return float(torch.nan_to_num(torch.corrcoef(torch.stack(ranks)))[0, 1])
+
+
+def hash_file(path: str) -> str:
+    """Twelve hex digits of a file's content."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
