@@ -1,0 +1,660 @@
+"""Bad input and odd machines: no compiler, tensors that C++ must not read, files that are damaged
+or of a kind that is not supported, the Hub out of reach, flags that do not fit together. Each ends
+in one line that names the file or flag and the fix, or in a slower way to the same result.
+"""
+
+import functools
+import gzip
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import errors as hub_errors
+from safetensors.torch import load_file, save_file
+
+import bench
+import cpu
+import distill
+import hub
+import layerboost
+import measure
+import scan as scan_module
+from config import read_config
+from conftest import GOLDEN, boosted, needs_cpp, short_run, write_model
+from golden.make_golden import CONFIGS, SMALL
+from hub import InputError, read_documents
+from kernels import Past
+from model import load_model, load_tokenizer, save_model
+
+HERE = Path(__file__).parent
+
+# --- a machine whose compiler is missing or does not work ----------------------------------------
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """A fresh process in the repository's folder."""
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, **environment}
+    return subprocess.run(
+        command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_without_a_compiler_torch_runs_and_one_line_says_so(tmp_path):
+    code = "from model import *; print(load_model('tiny').generate(torch.tensor([[5, 6]]), 3))"
+    run = run_python(code, CXX="no-such-compiler", XDG_CACHE_HOME=str(tmp_path))
+    assert run.returncode == 0 and run.stdout.startswith("tensor([[5, 6, ")
+    (line,) = run.stderr.splitlines()
+    assert "cpu.cpp was not built, torch runs instead" in line and "no-such-compiler" in line
+
+
+@pytest.fixture
+def new_machine(monkeypatch, tmp_path) -> Path:
+    """Nothing is built yet. Returns the folder where it will lie."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu.library.cache_clear()
+    cpu.try_compiler.cache_clear()
+    yield tmp_path / "layerboost"
+    cpu.library.cache_clear()
+    cpu.try_compiler.cache_clear()
+
+
+def write_compiler(path: Path) -> str:
+    """One that does not know -fopenmp, as Apple's."""
+    path.write_text("#!/bin/sh\necho \"error: unsupported option '-fopenmp'\" >&2\nexit 1\n")
+    path.chmod(0o700)
+    return str(path)
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "clang", ""])
+def test_what_cannot_be_built_is_said_once_and_not_needed(
+    compiler, llama, monkeypatch, tmp_path, new_machine, capsys
+):
+    if compiler == "clang":
+        compiler = write_compiler(tmp_path / "clang")
+    monkeypatch.setenv("CXX", compiler)
+    model = boosted(llama)
+    ids = torch.randint(0, 700, (2, 20))
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids), boosted(llama)(ids))
+        model.generate(ids, 3)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cpu.cpp was not built" in line and "give --no-compile" in line
+    assert not list(new_machine.iterdir())  # no half of a library
+
+
+def test_no_compile_asks_for_no_compiler(llama, monkeypatch, new_machine, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    flags = ["--model", str(llama), "--dtype", "float32", "--prompt", "ab", "--no-compile"]
+    assert layerboost.main(flags) == 0
+    assert not capsys.readouterr().err
+
+
+def test_a_cache_folder_that_others_can_write_is_not_trusted(new_machine, capsys):
+    """What lies there would be executed."""
+    new_machine.mkdir()
+    new_machine.chmod(0o777)
+    assert not cpu.compiler_works()
+    assert f"{new_machine}: others can write there" in capsys.readouterr().err
+    assert not list(new_machine.iterdir())
+
+
+@needs_cpp
+def test_the_cache_folder_is_the_users_own(new_machine):
+    assert cpu.compiler_works()
+    assert stat.S_IMODE(new_machine.stat().st_mode) == 0o700
+    assert [path.suffix for path in new_machine.iterdir()] == [".so"]
+
+
+@needs_cpp
+def test_two_processes_build_the_library_at_once_and_a_third_finds_it(tmp_path):
+    code = (
+        "import torch, cpu\n"
+        "assert cpu.compiler_works()\n"
+        "print(cpu.row_product(torch.ones(8), torch.ones(2, 8)))"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    start = functools.partial(
+        subprocess.Popen, [sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True
+    )
+    both = [start(env=environment) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert outputs == ["tensor([8., 8.])\n"] * 2
+    assert [path.suffix for path in (tmp_path / "layerboost").iterdir()] == [".so"]
+
+    third = start(env=environment | {"PATH": str(tmp_path)})  # where no compiler is
+    assert third.communicate(timeout=120)[0] == outputs[0] and third.returncode == 0
+
+
+# --- the boundary into C++ -----------------------------------------------------------------------
+
+
+def step_arguments(B=2, H=4, G=2, D=12, room=10, features=6) -> dict:
+    """Arguments of a step that are right."""
+    return {
+        "query": torch.randn(B, H, 1, D),
+        "new_key": torch.randn(B, G, 1, D),
+        "new_value": torch.randn(B, G, 1, D),
+        "slot": torch.tensor([0, room - 1]),
+        "key": torch.randn(B, G, room, D),
+        "value": torch.randn(B, G, room, D),
+        "end": torch.tensor([1, room]),
+        "phi_query": torch.rand(B, H, 1, features),
+        "phi_key": torch.rand(B, G, features),
+        "left": torch.randn(B, G, D),
+        "tail_logit": torch.randn(H),
+        "state": torch.rand(B, G, features, D),
+        "norm": torch.rand(B, G, features),
+    }
+
+
+FIVE_HEADS = {"phi_query": torch.rand(2, 5, 1, 6), "tail_logit": torch.randn(5)}
+WRONG_STEPS = [
+    {"key": torch.randn(2, 2, 10, 12).double()},
+    {"new_key": torch.randn(2, 2, 1, 12).bfloat16()},
+    {"norm": torch.rand(2, 2, 6).double()},
+    {"slot": torch.tensor([0, 1], dtype=torch.int32)},
+    {"new_value": torch.randn(2, 2, 1, 11)},
+    {"value": torch.randn(2, 2, 9, 12)},
+    {"phi_key": torch.rand(2, 2, 5)},
+    {"left": torch.randn(1, 2, 12)},
+    {"tail_logit": torch.randn(3)},
+    {"query": torch.randn(2, 5, 1, 12), **FIVE_HEADS},  # on two key/value heads
+    {"state": None},
+    {"phi_key": None},
+    {"key": torch.randn(2, 2, 12, 10).mT},  # not contiguous, and changed in place
+    {"norm": torch.rand(1, 1, 6).expand(2, 2, 6)},
+    {"slot": torch.tensor([0, 10])},
+    {"slot": torch.tensor([-1, 0])},
+    {"end": torch.tensor([1, 11])},
+    {"end": torch.tensor([-1, 1])},
+]
+
+
+@needs_cpp
+@pytest.mark.parametrize("wrong", WRONG_STEPS, ids=lambda wrong: "+".join(wrong))
+def test_a_step_in_cpp_refuses_what_does_not_fit(wrong):
+    """And changes nothing."""
+    cpu.window_linear_step(**step_arguments())
+    arguments = step_arguments() | wrong
+    before = {name: x.clone() for name, x in arguments.items() if x is not None}
+    with pytest.raises(ValueError, match="cpu.step: "):
+        cpu.window_linear_step(**arguments)
+    for name, x in before.items():
+        assert torch.equal(arguments[name], x), name
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int64])
+def test_cpp_refuses_numbers_of_another_dtype(dtype):
+    arguments = step_arguments()
+    for name in ("key", "value", "new_key", "new_value", "left"):
+        arguments[name] = arguments[name].to(dtype)
+    with pytest.raises(ValueError, match="cpu.step: "):
+        cpu.window_linear_step(**arguments)
+    with pytest.raises(ValueError, match="cpu.row_product: "):
+        cpu.row_product(torch.ones(8), torch.ones(2, 8).to(dtype))
+
+
+@needs_cpp
+def test_cpp_takes_what_lies_apart_where_it_is_only_read():
+    """It is copied. What only has to be read need not be contiguous."""
+    arguments = step_arguments()
+    apart = {"new_key", "left", "phi_query", "query"}
+    strided = {}
+    for name, x in arguments.items():
+        strided[name] = torch.stack((x, x), -1)[..., 0] if name in apart else x.clone()
+    expected = cpu.window_linear_step(**arguments)
+    assert torch.equal(cpu.window_linear_step(**strided), expected)
+
+
+@needs_cpp
+def test_a_prompt_and_a_row_in_cpp_refuse_what_does_not_fit():
+    B, H, G, T, D, window = 2, 4, 2, 5, 12, 3
+    query = torch.randn(B, H, T, D)
+    key = torch.randn(B, G, window + T, D)
+    sinks = torch.zeros(B, G, 0, D)
+    state, norm = torch.zeros(B, G, 0, D), torch.zeros(B, G, 0)
+
+    def run(query, key, value, start):
+        past = Past(start, sinks, sinks, state, norm)
+        return cpu.window_linear_attention(query, key, value, None, None, None, past, window)
+
+    start = torch.zeros(B, dtype=torch.int64)
+    assert run(query, key, key, start).isfinite().all()
+    for wrong in (
+        (query, key[:, :, : T - 1], key[:, :, : T - 1], start),  # fewer keys than queries
+        (query, key, key[:1], start),
+        (query[..., :8], key, key, start),
+        (query, key, key, start - 1),
+        (query, key, key, start.int()),
+    ):
+        with pytest.raises(ValueError, match="cpu.chunk: "):
+            run(*wrong)
+    with pytest.raises(ValueError, match="cpu.row_product: "):
+        cpu.row_product(torch.ones(7), torch.ones(2, 8))
+
+
+@needs_cpp
+@torch.no_grad()
+def test_layers_past_the_room_of_their_cache_stop(llama):
+    """Also where they are run without `hidden`, which checks first."""
+    model = load_model(str(llama))
+    cache = model.new_cache(1, 4)
+    model(torch.zeros(1, 4, dtype=torch.int64), cache)
+    with pytest.raises(ValueError, match="call cache.resize"):
+        model.run_layers(torch.randn(1, 1, 48), 0, 3, cache)
+
+
+# --- a model's files -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"model_type": "gpt_neox"}, "model_type 'gpt_neox' is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
+        ({"rope_scaling": {"type": "linear"}}, "needs 'factor'"),
+        ({"quantization_config": {}}, "quantised"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ],
+)
+def test_configs_that_are_not_supported_say_so(change, message, tmp_path):
+    content = SMALL | CONFIGS["llama"] | change
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [("[]", "no JSON object"), ("{", "not valid JSON"), ('{"model_type": "llama"}', "missing")],
+)
+def test_damaged_configs_say_so(content, message, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match=f"config.json: .*{message}"):
+        read_config(tmp_path)
+
+
+def test_the_end_of_a_text_is_that_of_generation_config_where_it_has_one(tmp_path):
+    content = SMALL | CONFIGS["llama"] | {"eos_token_id": 7}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    for content, ends in (
+        ({"eos_token_id": [8, 9]}, (8, 9)),
+        ({"eos_token_id": None}, (7,)),
+        ({}, (7,)),
+    ):
+        (tmp_path / "generation_config.json").write_text(json.dumps(content))
+        assert read_config(tmp_path).eos_token_ids == ends
+
+
+def test_wrong_weights_are_named(tmp_path):
+    folder = write_model(tmp_path, CONFIGS["llama"])
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.extra"] = torch.zeros(1)
+    weights["model.norm.weight"] = torch.zeros(3)
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(InputError) as error:
+        load_model(str(folder))
+    for part in (
+        "unexpected model.layers.0.mlp.extra",
+        "model.norm.weight has shape (3,), not (48,)",
+        "missing layers.1.self_attn.q_proj.weight",
+    ):
+        assert part in str(error.value)
+
+    # Its name is part of that of another one that is there, and misshapen.
+    weights["model.layers.0.input_layernorm.weight"] = torch.zeros(3)
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(InputError, match="missing norm.weight"):
+        load_model(str(folder))
+
+
+def test_files_that_hold_no_weights_say_so(tmp_path):
+    folder = write_model(tmp_path, CONFIGS["llama"])
+    (folder / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(InputError, match="cannot be read as safetensors"):
+        load_model(str(folder))
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(InputError, match="never .bin files"):
+        load_model(str(folder))
+
+
+def test_an_attention_that_was_removed_does_not_come_back(llama, tmp_path):
+    save_model(load_model(str(llama), "SLX"), tmp_path, llama)
+    with pytest.raises(InputError, match="layer 2 has no attention left"):
+        load_model(str(tmp_path), "SSS")
+
+
+def test_a_prompt_without_tokens_is_refused(llama):
+    with pytest.raises(ValueError, match="no tokens"):
+        load_model(str(llama)).generate(torch.zeros(1, 0, dtype=torch.int64), 5)
+
+
+def lowercase(spec):
+    spec["normalizer"] = {"type": "Lowercase"}
+
+
+def whitespace(spec):
+    spec["pre_tokenizer"] = {"type": "Whitespace"}
+
+
+def byte_fallback(spec):
+    spec["model"]["byte_fallback"] = True
+
+
+def other_order(spec):
+    spec["model"]["merges"].reverse()
+
+
+def stripping(spec):
+    spec["added_tokens"][0]["lstrip"] = True
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (byte_fallback, "SentencePiece"),
+        (lowercase, "a Lowercase normalizer is not supported"),
+        (whitespace, "pre-tokenizer of the kind Whitespace"),
+        (other_order, "order of its merges"),
+        (stripping, "strips"),
+    ],
+)
+def test_tokenizers_that_are_not_supported_say_so(change, message, tmp_path):
+    spec = json.loads((GOLDEN / "tokenizers/smollm/tokenizer.json").read_text())
+    change(spec)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(InputError, match=message):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_sentencepiece_model_says_what_is_supported(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(InputError, match="byte-level BPE of the Llama-3"):
+        load_tokenizer(str(tmp_path))
+
+
+# --- the Hub -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error,message",
+    [
+        (hub_errors.GatedRepoError, "gated"),
+        (hub_errors.RepositoryNotFoundError, "neither a local path nor on the Hub"),
+        (hub_errors.RevisionNotFoundError, "no revision 'v9'"),
+        (hub_errors.LocalEntryNotFoundError, "cannot be reached"),
+        (hub_errors.OfflineModeIsEnabled, "cannot be reached"),
+        (ConnectionError, "cannot be reached"),
+        (hub_errors.EntryNotFoundError, "no such file"),
+        (hub_errors.HfHubHTTPError, "owner/name: "),
+        (hub_errors.HTTPError, "owner/name: "),
+    ],
+)
+def test_hub_errors_are_one_line(error, message, monkeypatch):
+    def download(**arguments):
+        assert arguments["repo_id"] == "owner/name" and arguments["revision"] == "v9"
+        assert "*.safetensors" in arguments["allow_patterns"]
+        raise error.__new__(error)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    with pytest.raises(InputError, match=message) as caught:
+        load_model("owner/name", revision="v9")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_hub_gives_is_loaded(llama, monkeypatch):
+    monkeypatch.setattr(hub, "snapshot_download", lambda **arguments: str(llama))
+    assert load_model("owner/name").plan == "SSS"
+
+
+# --- text, questions and checkpoints -------------------------------------------------------------
+
+
+def test_text_that_cannot_be_read_is_named_by_file_and_line(tmp_path):
+    def read(source, flag="--data"):
+        return list(read_documents(str(source), flag))
+
+    path = tmp_path / "b.jsonl"
+    for second in ('{"body": 1}', '{"text": null}', "{"):
+        path.write_text('{"text": "line"}\n' + second)
+        with pytest.raises(InputError, match="b.jsonl: line 2"):
+            read(path)
+    for name, content in (
+        ("d.jsonl.gz", b"not zipped"),
+        ("e.jsonl", "\ufeff{}".encode("utf-16")),
+        ("f.jsonl.gz", gzip.compress(b'{"text": "cut"}')[:-9]),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=f"{name}: line 1"):
+            read(tmp_path / name)
+    with pytest.raises(InputError, match="the file one of .txt"):
+        read("hub:owner/dataset/part.parquet")
+    with pytest.raises(InputError, match="--valid .*nowhere: no such file"):
+        read(tmp_path / "nowhere", "--valid")
+
+
+CHOICES = {"query": "why", "choices": ["a", "b"], "gold": 1}
+OPTIONS = {"context_options": ["The cat", "The dog"], "continuation": "ran", "gold": 0}
+LAST = {"context": "I saw a", "continuation": "dog"}
+
+
+@pytest.mark.parametrize(
+    "first,second",
+    [
+        (LAST, {"question": 1}),
+        (LAST, 5),
+        (LAST, CHOICES),
+        (LAST, LAST | {"continuation": ""}),
+        (LAST, LAST | {"continuation": 4}),
+        (LAST, LAST | {"context": " "}),
+        (CHOICES, CHOICES | {"gold": 2}),
+        (CHOICES, CHOICES | {"gold": "1"}),
+        (CHOICES, CHOICES | {"choices": [3, 4]}),
+        (OPTIONS, OPTIONS | {"context_options": "The cat"}),
+    ],
+)
+def test_a_question_that_is_in_no_format_is_named_by_its_line(first, second, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
+    with pytest.raises(InputError, match="bad.jsonl: line 2"):
+        measure.read_task(str(path))
+
+
+def test_question_files(tmp_path):
+    path = tmp_path / "task.jsonl"
+    path.write_text("{")
+    with pytest.raises(InputError, match="task.jsonl: line 1"):
+        measure.read_task(str(path))
+
+    separated = LAST | {"context": "two\u2028lines"}  # which is no end of a line in JSON
+    path.write_text(json.dumps(separated, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert measure.read_task(str(path)) == [separated]
+    with pytest.raises(InputError, match="different names"):
+        measure.read_tasks([str(path), str(path)], 1)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    path = tmp_path / "healing.safetensors"
+    path.write_bytes(b"half of it")
+    with pytest.raises(InputError, match="healing.safetensors: cannot be read .*; delete it"):
+        distill.find_checkpoint([path], distill.Healing(), {})
+
+
+# --- flags ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ("--keep 3 --drop 1", "--keep 3 --drop 1"),
+        ("--plan SL", "give 3 letters"),
+        ("--plan uniform:Q", "give 3 letters"),
+        ("--feature-map cosine", "--feature-map 'cosine'"),
+        ("--window 0 --feature-map none", "would see nothing"),
+        ("--window -1", "--window and --sinks"),
+        ("--measure luck", "--measure luck"),
+        ("--measure task", "--tasks FILE"),
+        ("--tasks nowhere.jsonl", "--tasks nowhere.jsonl"),
+        (f"--tasks {os.devnull}", "is empty"),
+        ("--tokens 100", "give at least as many"),
+        ("--micro-batch 0", "--batch, --micro-batch, --context: give numbers"),
+        ("--rank 0", "give a rank of 1 or more"),
+        ("--data nowhere", "--data nowhere"),
+        ("--model ./nowhere", "./nowhere: no such folder"),
+        ("--scan nowhere.json", "--scan nowhere.json"),
+        ("--prompt=", "--prompt is empty"),
+        ("--prompt a --temperature 1 --top-k -1", "--top-k"),
+        ("--device meta", "--device meta"),
+    ],
+)
+def test_bad_flags_are_one_line_and_exit_code_2(flags, message, llama, text, tmp_path, capsys):
+    assert layerboost.main(short_run(llama, text, tmp_path / "out", *flags.split())) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("layerboost: ") and message in error
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ("--tokens ten", "'ten' is not a number of tokens; write 200k, 10M or 4096"),
+        ("--tokens infM", "'infM' is not a number of tokens"),
+        ("--tokens k", "'k' is not a number of tokens"),
+        ("--sequences 0", "0 is not 1 or more"),
+        ("--dtype int8", "bfloat16"),
+        ("--planner luck", "paper"),
+    ],
+)
+def test_flags_that_are_no_values_show_what_is_one(flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        layerboost.main(flags.split())
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command,message",
+    [
+        ("decode --lengths 10", "10 tokens are too few"),
+        ("serve --prompt 2", "2 tokens are too few"),
+        ("serve --memory 0.00001GB", "--memory, --hardware: 0.0 GiB"),
+        ("decode --plot nowhere/a.svg", "in a folder that exists"),
+        ("decode --shape smollm2-135m", "--model, --shape: give one of the two"),
+        ("quality --valid {model}", "no such file, or a folder without"),
+    ],
+)
+def test_bad_flags_of_a_measurement_are_one_line_and_exit_code_2(
+    command, message, llama, capsys, monkeypatch
+):
+    monkeypatch.setattr(bench, "measure_hardware", lambda *_: bench.Hardware(1e10, 1e11, 1e10))
+    command = command.format(model=llama)
+    flags = ["--model", str(llama), "--no-compile", "--dtype", "float32"]
+    assert bench.main([*command.split(), *flags]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("bench: ") and message in error
+
+
+# --- what an earlier run left ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(llama, text, tmp_path_factory) -> Path:
+    """The folder of a run with window 16."""
+    out = tmp_path_factory.mktemp("made") / "out"
+    assert layerboost.main(short_run(llama, text, out, "--measure", "kl", "--tokens", "1k")) == 0
+    return out
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ("--scan {scan} --window 32", "was measured with window 16, this run has 32"),
+        ("--scan {scan} --measure recall", "was measured with --measure kl, this run has recall"),
+        ("--out {made} --plan SSL --window 8", "was made with window = 16, not 8"),
+        ("--out {made} --plan {plan} --dtype bfloat16", "was made with dtype = float32"),
+        ("--out {made} --plan {plan} --compile", "was made with compile = False"),
+        ("--model {made}", "is converted already"),
+        ("--out {model}", "is the folder of the original"),
+    ],
+)
+def test_what_was_made_otherwise_is_refused_with_the_difference(
+    flags, message, made, llama, text, tmp_path, capsys
+):
+    plan = json.loads((made / "report.json").read_text())["plan"]
+    flags = flags.format(made=made, scan=made / "scan.json", model=llama, plan=plan)
+    same = ["--measure", "kl", "--tokens", "1k"]
+    assert layerboost.main(short_run(llama, text, tmp_path / "new", *same, *flags.split())) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_task_measure_belongs_to_its_question_file(llama, text, tmp_path, capsys):
+    task = tmp_path / "task.jsonl"
+    identity = {"task file": "another"}
+    layer = {"X": {"task": 0.0}, "L": {"task": 0.0}}
+    scan = {"identity": identity, "layers": [layer] * 3}
+    task.write_text(json.dumps(CHOICES))
+    (tmp_path / "scan.json").write_text(json.dumps(scan))
+    with pytest.raises(InputError, match="was measured with task file another, this run has"):
+        made_for = {"task file": scan_module.hash_file(str(task))}
+        scan_module.check_scan(tmp_path / "scan.json", made_for, ["task"], 3)
+
+
+def test_part_of_a_scan_is_no_scan(made, llama, text, tmp_path, capsys):
+    whole = json.loads((made / "scan.json").read_text())
+    part = tmp_path / "part.json"
+    for count, message in ((1, "holds 1 of 3 layers"), (0, "part.json: is no scan file")):
+        part.write_text(json.dumps(whole | {"layers": whole["layers"][:count]}))
+        flags = ["--measure", "kl", "--scan", str(part)]
+        assert layerboost.main(short_run(llama, text, tmp_path / "new", *flags)) == 2
+        assert message in capsys.readouterr().err
+
+
+# --- runs that stop ------------------------------------------------------------------------------
+
+
+def test_a_scan_that_found_no_damage_is_drawn():
+    layers = [{tier: {"task": 0.0} for tier in "XL"}] * 3
+    assert scan_module.chart(layers, ["task"], "SLX").count("0.0000") == 6
+
+
+def test_a_broken_model_stops_the_scan(llama, text, tmp_path, capsys):
+    model = load_model(str(llama))
+    model.layers[1].mlp.down_proj.weight.fill_(torch.nan)
+    save_model(model, tmp_path / "broken", llama)
+    flags = short_run(tmp_path / "broken", text, tmp_path / "out", "--measure", "kl")
+    assert layerboost.main(flags) == 1
+    assert "layer 0 as X is not a finite number" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_go_on(llama, text, tmp_path, capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layerboost, "heal", stop)
+    assert layerboost.main(short_run(llama, text, tmp_path, "--plan", "SLX")) == 130
+    assert f"go on from what is in {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_named(llama, text, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    flags = short_run(llama, text, tmp_path / "file" / "out", "--plan", "SLX")
+    assert layerboost.main(flags) == 2
+    assert f"{tmp_path}/file/out: Not a directory" in capsys.readouterr().err
+
+
+def test_too_little_text_is_said(llama, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a few words")
+    flags = short_run(llama, tmp_path / "a.txt", tmp_path / "out")
+    assert layerboost.main(flags) == 2
+    assert "too little text; 512 tokens are needed" in capsys.readouterr().err
