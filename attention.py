@@ -10,7 +10,8 @@ no module: the block skips its attention.
 
 x and y are [B, T, hidden_size]; rotary is the pair (cos, sin) of `apply_rotary` for these
 positions. A cache belongs to one layer and is filled in place; positions [B] counts the tokens that
-each sequence has in it. The formulas are in kernels.py; cpu.py has faster twins of some.
+each sequence has in it. In a prefill of prompts of several lengths, `new` [B] counts the tokens of
+each; those after them are padding. The formulas are in kernels.py; cpu.py has faster twins of some.
 """
 
 import torch
@@ -82,14 +83,14 @@ class SoftmaxAttention(nn.Module):
             self.q_norm = RMSNorm(D, config.rms_norm_eps)
             self.k_norm = RMSNorm(D, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotary, cache=None, positions=None) -> Tensor:
+    def forward(self, x: Tensor, rotary, cache=None, positions=None, new=None) -> Tensor:
         query, key, value = self.project(x, rotary)
         if cache is None:
             out = self.attend(query, key, value)
         elif x.shape[1] == 1:
             out = self.step(query, key, value, cache, positions)
         else:
-            out = self.prefill(query, key, value, cache, positions)
+            out = self.prefill(query, key, value, cache, positions, new)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def project(self, x: Tensor, rotary) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,13 +113,13 @@ class SoftmaxAttention(nn.Module):
 
     def step(self, query, key, value, cache: SoftmaxCache, positions: Tensor) -> Tensor:
         """One token of every sequence."""
-        end = positions + 1
-        first = (end - (self.sliding_window or cache.key.shape[2])).clamp(min=0)
+        local = (query, key, value, positions, cache.key, cache.value, positions + 1)
         step = cpu.softmax_step if cpu.runs(key) else kernels.softmax_step
-        return step(query, key, value, positions, cache.key, cache.value, first, end)
+        return step(*local, self.sliding_window)
 
-    def prefill(self, query, key, value, cache: SoftmaxCache, positions: Tensor) -> Tensor:
-        """The T tokens after `positions`."""
+    def prefill(self, query, key, value, cache: SoftmaxCache, positions: Tensor, new) -> Tensor:
+        """The T tokens after `positions`. The keys of padding are stored, and overwritten before a
+        query sees them."""
         tokens = query.shape[2]
         if tokens == cache.key.shape[2]:  # they take all of the room: nothing came before them
             cache.key.copy_(key)
@@ -258,7 +259,7 @@ class WindowLinearAttention(SoftmaxAttention):
         local = (query, key, value, slot, cache.key, cache.value)
         if not self.has_tail:
             step = cpu.softmax_step if cpu.runs(key) else kernels.softmax_step
-            return step(*local, torch.zeros_like(end), end)
+            return step(*local, end)
 
         # The token that leaves the window lies where the new one goes; without a window it is that.
         left_key = key[:, :, 0]
@@ -276,11 +277,13 @@ class WindowLinearAttention(SoftmaxAttention):
         tail = (phi_query, phi_key, left_value, self.tail_logit, cache.state, cache.norm)
         return step(*local, end, *tail)
 
-    def prefill(self, query, key, value, cache: WindowLinearCache, positions: Tensor) -> Tensor:
+    def prefill(self, query, key, value, cache: WindowLinearCache, positions, new) -> Tensor:
         """The parallel form from the cache's state on, then the cache as it is after the last
-        token."""
+        token that is no padding."""
         window, sinks, tokens = cache.window, cache.sinks, query.shape[2]
         ring = torch.arange(window, device=key.device)
+        if new is None:
+            new = torch.full_like(positions, tokens)
 
         # The window before the first query, oldest token first, then the new tokens.
         before = across_heads(cache.slot(positions[:, None] - window + ring), key)  # (B, G, w, D)
@@ -289,7 +292,7 @@ class WindowLinearAttention(SoftmaxAttention):
 
         # Sinks among the new tokens.
         offset = torch.arange(sinks, device=key.device) - positions[:, None]  # (B, s)
-        is_new = ((offset >= 0) & (offset < tokens))[:, None, :, None]
+        is_new = ((offset >= 0) & (offset < new[:, None]))[:, None, :, None]
         offset = across_heads(offset.clamp(0, tokens - 1), key)
         sink_key = cache.key[:, :, :sinks]
         sink_value = cache.value[:, :, :sinks]
@@ -299,12 +302,16 @@ class WindowLinearAttention(SoftmaxAttention):
         past = Past(positions, sink_key, sink_value, cache.state, cache.norm)
         out, phi_key = self.continue_from(past, query, keys, values)
         if self.has_tail:
+            real = torch.arange(tokens, device=key.device) < new[:, None]
+            phi_key = phi_key * real[:, None, :, None]
             cache.state += phi_key.mT @ values[:, :, :tokens].float()
             cache.norm += phi_key.sum(2)
 
-        after = across_heads(cache.slot(positions[:, None] + tokens - window + ring), key)
-        cache.key.scatter_(2, after, keys[:, :, tokens:])
-        cache.value.scatter_(2, after, values[:, :, tokens:])
+        # The window after the last token.
+        last = across_heads(new[:, None] + ring, key)
+        after = across_heads(cache.slot(positions[:, None] + new[:, None] - window + ring), key)
+        cache.key.scatter_(2, after, keys.gather(2, last))
+        cache.value.scatter_(2, after, values.gather(2, last))
         return out
 
     def new_cache(self, batch: int, max_tokens: int, dtype: torch.dtype, device):

@@ -83,7 +83,9 @@ def decode_times(engines: dict[str, Engine], context: int, steps: int = 12) -> d
             f"give {least} or more"
         )
     for engine in engines.values():
-        engine.live = [Request(torch.zeros(context), 1)] * engine.slots
+        engine.live = [Request(torch.zeros(context), 1)] * len(engine.live)
+        engine.step()  # compiles
+        engine.mark_live()
         engine.cache.positions.fill_(context - least)
 
     times: dict[str, list[float]] = {name: [] for name in engines}
@@ -95,20 +97,29 @@ def decode_times(engines: dict[str, Engine], context: int, steps: int = 12) -> d
                 times[name].append(time.perf_counter() - start)
 
     for engine in engines.values():
-        engine.live = []
-        engine.cache.positions.zero_()
+        engine.live = [None] * len(engine.live)
+        engine.mark_live()
     return {name: sorted(seconds) for name, seconds in times.items()}
 
 
 @torch.inference_mode()
-def prefill_seconds(model: Model, tokens: int) -> float:
+def prefill_seconds(engine: Engine, tokens: int) -> float:
     """A prompt read as the engine reads one, in chunks."""
+    model = engine.model
     cache = model.new_cache(1, 0)
     prompt = torch.zeros(tokens, dtype=torch.int64, device=model.device)
     start = time.perf_counter()
-    for hidden, _ in prefill(model, prompt, cache):
+    for hidden, _ in prefill(model, [prompt], cache, engine.block):
         hidden.tolist()  # waits for the device
     return time.perf_counter() - start
+
+
+def warm_up(engine: Engine, prompt: int) -> None:
+    """Compiles and records what serving prompts of about this many tokens needs: one read alone,
+    and several at once."""
+    for count in (1, 2):
+        tokens = torch.zeros(prompt, dtype=torch.int64, device=engine.model.device)
+        list(engine.run(deque(Request(tokens, 2) for _ in range(count))))
 
 
 def length_range(mean: int, spread: float) -> tuple[int, int]:
@@ -173,7 +184,7 @@ def evaluate(
     """The figures of every model under its name: those of `measure.text_quality` on valid [N, T]
     ids, recall of about `passkeys` passkeys, hidden in that text, at each of `recall_lengths` that
     the model has positions for, tasks, cache_bytes and decode_tokens_per_second."""
-    engines = {name: Engine(model, DECODED) for name, model in models.items()}
+    engines = {name: Engine(model, DECODED, CONTEXT) for name, model in models.items()}
     times = decode_times(engines, CONTEXT)
     del engines  # and the memory of their caches
 
@@ -330,13 +341,12 @@ def add_gains(report: list[dict], key: str, gain: str = "gain") -> None:
 def decode_command(args) -> list[dict]:
     """Steps of a full batch at each length, dense and converted in turn, and prompts read alone."""
     models, this = load_pair(args)
-    engines = {}
-    for name, model in models.items():
-        engines[name] = Engine(model, args.batch, compiled=not args.no_compile)
-        prefill_seconds(model, 2)  # warms up
-
     report = []
     for length in progress(args.lengths, desc="decoding", unit="length", leave=False):
+        engines = {}  # frees the caches of the last length
+        for name, model in models.items():
+            engines[name] = Engine(model, args.batch, length, compiled=not args.no_compile)
+            prefill_seconds(engines[name], 2)  # warms up
         times = decode_times(engines, length, args.steps)
         for name, model in models.items():
             step = quantile(times[name], 0.5)
@@ -350,7 +360,7 @@ def decode_command(args) -> list[dict]:
                 "floor_ms": 1e3 * floor,
                 "over_floor": step / floor,
                 "cache_mib": cache_bytes(model, length) / 2**20,
-                "prefill_tokens_per_second": length / prefill_seconds(model, length),
+                "prefill_tokens_per_second": length / prefill_seconds(engines[name], length),
             }
             report.append(figures)
     add_gains(report, "tokens_per_second")
@@ -368,10 +378,8 @@ def serve_command(args) -> list[dict]:
     report = []
     for clients, (name, model) in itertools.product(args.concurrency, models.items()):
         slots = fitting_slots(model, longest, args.memory or math.inf, clients)
-        engine = Engine(model, slots, compiled=not args.no_compile)
-        decode_times({name: engine}, args.prompt, 1)  # compiles
-        prefill_seconds(model, 2)  # warms up
-
+        engine = Engine(model, slots, longest, compiled=not args.no_compile)
+        warm_up(engine, args.prompt)
         served = serve_requests(engine, clients, make_requests(args, clients, model))
         rate = served["tokens_per_second"]
         floor = serving_floor(model, args.prompt, args.output, slots, this)

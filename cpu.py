@@ -40,7 +40,10 @@ def runs(x: Tensor) -> bool:
 # --- the twins ---------------------------------------------------------------------------------
 
 
-def softmax_step(query, new_key, new_value, slot, key, value, first, end) -> Tensor:
+def softmax_step(
+    query, new_key, new_value, slot, key, value, end, sliding_window: int | None = None
+) -> Tensor:
+    first = (end - (sliding_window or key.shape[2])).clamp(min=0)
     step = torch.ops.layerboost.step
     return step(scaled(query), new_key, new_value, slot, key, value, first, end).to(query.dtype)
 

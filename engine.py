@@ -1,27 +1,30 @@
 """Continuous batching: many requests decoded together (Orca, OSDI 2022).
 
-A step gives every live sequence its next token, each at its own position. A prompt is read
-("prefilled") in a cache of its own, a chunk between two steps so that the others need not wait
-long, and then moves into the next slot. When a sequence ends, the last live one moves into its
-slot, so the live ones lie together. A step reads the slots of the live ones, rounded up to SLOTS,
-and the room of the longest of them in the softmax caches, rounded up to BUCKET: it costs what they
-cost.
+A step gives every live sequence its next token, each at its own position. Prompts are read
+("prefilled") together in a cache of their own, a chunk between two steps so that the live sequences
+need not wait long, and then move into free slots. The caches are allocated once. A step takes the
+first slots, as many as hold live sequences, rounded up to one of a few sizes. On a GPU the step of
+each size is recorded as a CUDA graph and replayed: to launch its kernels one by one would take
+longer than to run them.
 """
 
 import copy
 import functools
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from attention import SoftmaxCache
-from model import Cache, Model, cache_tensors
+from model import Cache, Model, cache_tensors, compiled_cached_block
 
-BUCKET = 128  # softmax caches have room for a multiple of this many tokens
-CHUNK = 512  # tokens of a prompt that are prefilled between two steps
-SLOTS = 4  # a step is taken by a multiple of this many slots
+SMALLEST = 4  # slots of a step, and what its sizes differ by at least
+PADDING = 128  # on a GPU, prompts are padded to a multiple of this many tokens
 
 
 @dataclass(eq=False)
@@ -35,134 +38,282 @@ class Request:
 
     @property
     def done(self) -> bool:
-        return len(self.output) >= self.max_new_tokens or self.output[-1] in self.stop
+        enough = len(self.output) >= self.max_new_tokens
+        return enough or bool(self.output) and self.output[-1] in self.stop
 
 
-def likeliest(logits: Tensor) -> Tensor:
-    """[B, V] -> [B]: greedy decoding."""
-    return logits.argmax(-1)
+class InFlight(NamedTuple):
+    """Tokens that the device is computing, one for each request; None stands for a free slot."""
+
+    requests: list[Request | None]
+    tokens: Tensor  # on the host
+    computed: torch.cuda.Event | None  # None on a CPU, which has computed them already
 
 
 class Engine:
-    """Serves requests with `slots` sequences at a time.
+    """Decodes requests greedily, `slots` sequences of up to `room` tokens at a time.
 
-    pick(logits [B, V]) -> ids [B] chooses the tokens. `compiled` runs the steps through
-    torch.compile: once for any number of slots and all lengths, but that takes one or two minutes
-    for 30 layers, so it is for long service."""
+    `compiled` runs the steps through torch.compile: once for all sizes and lengths, but that takes
+    one or two minutes, so it is for long service."""
 
     @torch.inference_mode()
-    def __init__(self, model: Model, slots: int, pick=likeliest, compiled: bool = False):
+    def __init__(self, model: Model, slots: int, room: int, compiled: bool = False):
         self.model = model
-        self.slots = slots
-        self.pick = pick
+        self.room = room
         self.compiled = compiled
-        self.live: list[Request] = []  # the sequence of live[i] is in slot i
-        self.cache = model.new_cache(slots, BUCKET)
+        self.on_gpu = runs_ahead(model.device)
+        self.sizes = step_sizes(slots)
+        self.live: list[Request | None] = [None] * slots  # whose sequence is in each slot
+        self.cache = model.new_cache(slots, padded(room, model.device))
         self.token = torch.zeros(slots, dtype=torch.int64, device=model.device)  # each one's last
-        self.weights = weights_version(model) if compiled else ""
-        self.size = (0, 0)  # slots and room of the part that takes part in a step
-        self.active_cache: Cache | None = None  # that part of the cache
-        self.active_token: Tensor | None = None  # and of the tokens
+        self.advance = torch.zeros_like(self.token)  # 1 for a live slot, 0 for a free one
+        self.steps: dict[int, Callable[[], None]] = {}  # by size
+        self.weights = ""  # what they were when the steps were made
 
     @torch.inference_mode()
     def run(self, waiting: deque[Request]):
         """Serves the requests until none is left, those put into `waiting` meanwhile too. Yields a
-        request after each token that joins its output."""
-        self.weights = weights_version(self.model) if self.compiled else ""
-        reading = None  # the request whose prompt is being read
-        while waiting or reading or self.live:
-            if waiting and not reading and len(self.live) < self.slots:
-                reading = waiting.popleft()
-                prompt_cache = self.model.new_cache(1, 0)
-                chunks = prefill(self.model, reading.prompt, prompt_cache)
+        request after each token that joins its output. Raises ValueError for a request that is
+        longer than a slot."""
+        self.prepare()
+        # A GPU gets its next step before the tokens of the last one are looked at, so that it never
+        # waits for the host. What it computes for a request that has just ended is dropped.
+        ahead = 1 if self.on_gpu else 0
+        in_flight: deque[InFlight] = deque()
+        reading: list[Request] = []
+        while waiting or reading or in_flight or any(self.live):
+            if waiting and not reading and None in self.live:
+                reading = self.take_prompts(waiting)
+                prompt_cache = self.model.new_cache(len(reading), 0)
+                prompts = [request.prompt for request in reading]
+                chunks = prefill(self.model, prompts, prompt_cache, self.block)
 
             if reading:
                 hidden, last = next(chunks)
                 if last:
-                    self.admit(reading, prompt_cache, hidden)
-                    yield reading
-                    reading = None
-                    self.release()
+                    in_flight.append(self.admit(reading, prompt_cache, hidden))
+                    reading = []
 
-            if self.live:
-                for request, token in zip(self.live, self.step().tolist()):
-                    request.output.append(token)
-                    yield request
-                self.release()
+            while len(in_flight) > ahead:
+                yield from self.finish(in_flight.popleft())
 
-    def admit(self, request: Request, prompt_cache: Cache, hidden: Tensor) -> None:
-        """A prompt that has been read moves into the next slot and gets its first token."""
-        slot = len(self.live)
-        self.live.append(request)
-        self.make_room()
-        move_sequence(prompt_cache, 0, self.cache, slot)
-        self.token[slot] = self.pick(self.model.logits(hidden))
-        request.output.append(int(self.token[slot]))
+            if any(self.live):
+                tokens = self.step()
+                in_flight.append(self.send_to_host(self.live[: len(tokens)], tokens))
+            while len(in_flight) > (ahead if any(self.live) else 0):
+                yield from self.finish(in_flight.popleft())
 
-    def release(self) -> None:
-        """Frees the slots of finished requests; the last live sequence moves into each."""
-        for slot in reversed(range(len(self.live))):
-            if self.live[slot].done:
-                last = len(self.live) - 1
-                if slot < last:
-                    self.live[slot] = self.live[last]
-                    self.token[slot] = self.token[last]
-                    move_sequence(self.cache, last, self.cache, slot)
-                self.live.pop()
-                self.cache.positions[last] = 0
+    @property
+    def block(self):
+        """What runs a layer on a GPU; None is the model's own way."""
+        return compiled_cached_block if self.compiled and self.on_gpu else None
 
-    def make_room(self) -> None:
-        """Gives the softmax caches the room of the longest live sequence, and takes the slots of
-        all live ones as active."""
-        longest = max(len(request.prompt) + len(request.output) for request in self.live)
-        count = min(round_up(len(self.live), SLOTS), self.slots)
-        size = (count, round_up(longest, BUCKET))
-        if self.size != size:
-            self.active_cache = None  # lets go of the memory of the smaller room
-            self.cache.resize(size[1])
-            self.size = size
-            self.active_cache = first_sequences(self.cache, count)
-            self.active_token = self.token[:count]
-            mark_dynamic_sizes(self.active_cache, self.active_token)
+    # --- requests come and go ---
+
+    def take_prompts(self, waiting: deque[Request]) -> list[Request]:
+        """The next requests, as many as there are free slots for and as fit one chunk, padded to
+        the longest; one at least."""
+        taken: list[Request] = []
+        longest = 0
+        while waiting and len(taken) < self.live.count(None):
+            tokens = len(waiting[0].prompt)
+            if tokens + waiting[0].max_new_tokens > self.room:
+                raise ValueError(
+                    f"a request of {tokens} + {waiting[0].max_new_tokens} tokens is longer than a "
+                    f"slot, {self.room} tokens; give the engine more room"
+                )
+            longest = max(longest, padded(tokens, self.model.device))
+            if taken and longest * (len(taken) + 1) > chunk_tokens(self.model.device):
+                break
+            taken.append(waiting.popleft())
+        return taken
+
+    def admit(self, requests: list[Request], prompt_cache: Cache, hidden: Tensor) -> InFlight:
+        """Prompts that have been read move into free slots and get their first tokens."""
+        free = [slot for slot, request in enumerate(self.live) if request is None]
+        slots = free[: len(requests)]
+        for slot, request in zip(slots, requests):
+            self.live[slot] = request
+        move_sequences(prompt_cache, list(range(len(requests))), self.cache, slots)
+        tokens = self.model.logits(hidden).argmax(-1)
+        self.token[as_tensor(slots, tokens.device)] = tokens
+        self.mark_live()
+        return self.send_to_host(requests, tokens)
+
+    def send_to_host(self, requests: list[Request | None], tokens: Tensor) -> InFlight:
+        if not tokens.is_cuda:
+            return InFlight(requests, tokens.clone(), None)
+        tokens = tokens.to("cpu", non_blocking=True)
+        computed = torch.cuda.Event()
+        computed.record()
+        return InFlight(requests, tokens, computed)
+
+    def finish(self, flight: InFlight):
+        """Hands out the tokens of a step, and frees the slots of the requests that end with it."""
+        if flight.computed:
+            flight.computed.synchronize()
+        for request, token in zip(flight.requests, flight.tokens.tolist()):
+            if request and not request.done:
+                request.output.append(token)
+                yield request
+
+        ended = [slot for slot, request in enumerate(self.live) if request and request.done]
+        if ended:
+            for slot in ended:
+                self.live[slot] = None
+            self.close_gaps()
+            self.mark_live()
+
+    def close_gaps(self) -> None:
+        """Where the live sequences would fit a smaller step, the last ones move into free slots."""
+        slots = [slot for slot, request in enumerate(self.live) if request]
+        if not slots or self.size_for(len(slots)) == self.size_for(slots[-1] + 1):
+            return
+        size = self.size_for(len(slots))
+        sources = [slot for slot in slots if slot >= size]
+        targets = [slot for slot in range(size) if self.live[slot] is None][: len(sources)]
+        for source, target in zip(sources, targets):
+            self.live[target] = self.live[source]
+            self.live[source] = None
+        source, target = (as_tensor(x, self.token.device) for x in (sources, targets))
+        self.token[target] = self.token[source]
+        move_sequences(self.cache, sources, self.cache, targets)
+
+    def mark_live(self) -> None:
+        """Tells the device which slots are live. A free one stands at position 0, where it costs
+        least."""
+        live = [int(request is not None) for request in self.live]
+        self.advance.copy_(as_tensor(live, self.advance.device))
+        self.cache.positions *= self.advance
+
+    # --- the step ---
+
+    def size_for(self, count: int) -> int:
+        return next(size for size in self.sizes if size >= count)
 
     def step(self) -> Tensor:
-        """The next token of every live sequence, [live]."""
-        self.make_room()
-        run = compiled_next_tokens(self.model.device) if self.compiled else next_tokens
-        cache, token = self.active_cache, self.active_token
-        token.copy_(run(self.model, token, cache.layers, cache.positions, self.pick, self.weights))
-        self.cache.positions[: len(self.live)] += 1
-        return self.token[: len(self.live)]
+        """The next tokens [size] of the first slots, which hold all live sequences."""
+        last = max(slot for slot, request in enumerate(self.live) if request)
+        size = self.size_for(last + 1)
+        if size not in self.steps:
+            self.steps[size] = self.make_step(size)
+        self.steps[size]()
+        return self.token[:size]
+
+    def prepare(self) -> None:
+        """Drops steps made for other weights. On a GPU, makes those of all sizes, since making one
+        runs it, which must not happen while a sequence is live; the largest first, whose memory
+        then serves the others."""
+        weights = weights_version(self.model)
+        if weights != self.weights:
+            self.steps.clear()
+            self.weights = weights
+        if self.on_gpu:
+            for size in reversed(self.sizes):
+                if size not in self.steps:
+                    self.steps[size] = self.make_step(size)
+            self.mark_live()
+
+    def make_step(self, size: int) -> Callable[[], None]:
+        """The step of the first `size` slots, always on the same memory."""
+        cache = first_sequences(self.cache, size)
+        token, advance = self.token[:size], self.advance[:size]
+        run = next_tokens
+        if self.compiled and not self.on_gpu:
+            run = compiled_next_tokens()
+            mark_dynamic_sizes(cache, token)
+
+        def step() -> None:
+            layers, positions = cache.layers, cache.positions
+            token.copy_(run(self.model, token, layers, positions, self.block, self.weights))
+            positions.add_(advance)
+
+        return record(step) if self.on_gpu else step
 
 
-def prefill(model: Model, prompt: Tensor, cache: Cache):
-    """Reads a prompt [T] into an empty cache of one sequence, a chunk at a time. Yields the last
-    hidden state [1, hidden_size] and whether that was the last chunk. The cache has room for what
-    has been read and no more, so no chunk reads what is still empty."""
-    for start in range(0, len(prompt), CHUNK):
-        end = min(start + CHUNK, len(prompt))
-        cache.resize(end)
-        yield model.hidden(prompt[None, start:end], cache)[:, -1], end == len(prompt)
+def step_sizes(slots: int) -> list[int]:
+    """4, 8, 12, ... up to `slots`; each is larger than the one before by a quarter at most, and by
+    SMALLEST at least."""
+    sizes = []
+    size = SMALLEST
+    while size < slots:
+        sizes.append(size)
+        size += max(SMALLEST, 2 ** (size.bit_length() - 1) // 4)
+    return [*sizes, slots]
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Whether the host launches work and goes on, as with a GPU."""
+    return device.type == "cuda"
+
+
+def chunk_tokens(device: torch.device) -> int:
+    """Tokens of prompts that are read between two steps: enough to keep the device busy."""
+    return 2048 if device.type == "cuda" else 512
+
+
+def padded(tokens: int, device: torch.device) -> int:
+    """The length at which a prompt is read."""
+    return -(-tokens // PADDING) * PADDING if runs_ahead(device) else tokens
+
+
+def prefill(model: Model, prompts: list[Tensor], cache: Cache, block=None):
+    """Reads prompts ([T] each; several only where they fit one chunk, padded) into an empty cache,
+    a chunk at a time. Yields the hidden states [B, hidden_size] of the last tokens, and whether
+    that was the last chunk. The cache has room for what has been read and no more, so no chunk
+    reads what is still empty."""
+    lengths = as_tensor([len(prompt) for prompt in prompts], model.device)
+    ids = pad_sequence(prompts, batch_first=True)
+    ids = F.pad(ids, (0, padded(ids.shape[1], ids.device) - ids.shape[1]))
+
+    sequence = torch.arange(len(prompts), device=model.device)
+    read = 0
+    for chunk in ids.split(chunk_tokens(model.device), dim=1):
+        tokens = chunk.shape[1]
+        cache.resize(read + tokens)
+        new = (lengths - read).clamp(max=tokens)
+        x = model.embed_tokens(chunk)
+        x = model.run_layers(x, 0, len(model.layers), cache, new, block)
+        cache.positions += new
+        read += tokens
+        yield model.norm(x[sequence, new - 1]), read == ids.shape[1]
 
 
 def next_tokens(
-    model: Model, token: Tensor, layers: list, positions: Tensor, pick, weights: str = ""
+    model: Model, token: Tensor, layers: list, positions: Tensor, block=None, weights: str = ""
 ) -> Tensor:
     """One step of every sequence: its last token [B] and position [B] -> its next token [B]. Fills
     the caches of `layers`. `weights` tells a compiled program when to be made anew."""
     len(weights)  # a compiled program is guarded by what it reads alone
     x = model.embed_tokens(token[:, None])
-    x = model.run_layers(x, 0, len(model.layers), Cache(layers, positions))
-    return pick(model.logits(model.norm(x)[:, 0]))
+    x = model.run_layers(x, 0, len(model.layers), Cache(layers, positions), block=block)
+    return model.logits(model.norm(x)[:, 0]).argmax(-1)
+
+
+def record(run: Callable[[], None]) -> Callable[[], None]:
+    """`run` as a CUDA graph: its kernels on the memory that they use now, replayed by one call."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()  # compiles it, and lets cuBLAS set itself up
+    torch.cuda.current_stream().wait_stream(stream)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=graph_memory()):
+        run()
+    return graph.replay
 
 
 @functools.cache
-def compiled_next_tokens(device: torch.device):
-    """One program for all engines of a model. On a GPU, CUDA graphs. On a CPU the weights become
-    constants, laid out once as its products want them, those that share an input as one: a second
-    copy of them in memory."""
-    if device.type == "cuda":
-        return torch.compile(next_tokens, mode="reduce-overhead")
+def graph_memory():
+    """All graphs share one pool: they run one after the other."""
+    return torch.cuda.graph_pool_handle()
+
+
+@functools.cache
+def compiled_next_tokens():
+    """On a CPU, one program for all engines of a model. The weights become constants, laid out once
+    as its products want them, those that share an input as one: a second copy of them in memory."""
     options = {"freezing": True, "cpp.enable_concat_linear": True}
     return torch._inductor.config.patch(options)(torch.compile(next_tokens))
 
@@ -175,15 +326,18 @@ def weights_version(model: Model) -> str:
     return str(hash(tuple(versions)))
 
 
-# --- moving sequences between caches -----------------------------------------------------------
+# --- sequences in caches -----------------------------------------------------------------------
 
 
-def move_sequence(source: Cache, index: int, target: Cache, slot: int) -> None:
-    """Sequence `index` of `source`, which has no more room, becomes sequence `slot` of `target`."""
-    target.positions[slot] = source.positions[index]
+def move_sequences(source: Cache, rows: list[int], target: Cache, slots: list[int]) -> None:
+    """Sequences `rows` of `source`, which has no more room, become sequences `slots` of
+    `target`."""
+    row = as_tensor(rows, source.positions.device)
+    slot = as_tensor(slots, source.positions.device)
+    target.positions[slot] = source.positions[row]
     for from_layer, to_layer in zip(source.layers, target.layers):
         for name, x in cache_tensors(from_layer).items():
-            getattr(to_layer, name)[slot, :, : x.shape[2]] = x[index]
+            getattr(to_layer, name)[slot, :, : x.shape[2]] = x[row]
 
 
 def first_sequences(cache: Cache, count: int) -> Cache:
@@ -196,12 +350,10 @@ def first_sequences(cache: Cache, count: int) -> Cache:
 
 
 def mark_dynamic_sizes(cache: Cache, token: Tensor) -> None:
-    """Tells torch.compile which sizes differ from step to step, the number of slots and the room in
-    the softmax caches, and that a CUDA graph may write to these tensors where they lie."""
+    """Tells torch.compile which sizes differ from step to step and from engine to engine: the
+    number of slots, and the room in the softmax caches."""
     for layer in cache.layers:
         for x in cache_tensors(layer).values():
-            if x.is_cuda:  # elsewhere this would make the cache one of the constants
-                torch._dynamo.mark_static_address(x)
             if isinstance(layer, SoftmaxCache):
                 torch._dynamo.mark_dynamic(x, 2)
             if len(x) > 1:
@@ -211,5 +363,7 @@ def mark_dynamic_sizes(cache: Cache, token: Tensor) -> None:
         torch._dynamo.mark_dynamic(token, 0)
 
 
-def round_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
+def as_tensor(numbers: list[int], device: torch.device) -> Tensor:
+    """[n] int64 on a device, sent there without waiting for it."""
+    on_host = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return on_host.to(device, non_blocking=True)

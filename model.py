@@ -70,20 +70,27 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(size, eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary, cache=None, positions=None) -> Tensor:
+    def forward(self, x: Tensor, rotary, cache=None, positions=None, new=None) -> Tensor:
         if self.self_attn is not None:
-            x = x + self.self_attn(self.input_layernorm(x), rotary, cache, positions)
+            x = x + self.self_attn(self.input_layernorm(x), rotary, cache, positions, new)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-# One graph per tier and shape, shared by all layers of all models. Static shapes make faster code.
+# One program per tier and shape, for the layers of all models. Static shapes make faster code.
 compiled_forward = torch.compile(Block.forward, dynamic=False)
+# With a cache, one per tier, for any number of sequences and tokens.
+compiled_cached_forward = torch.compile(Block.forward, dynamic=True)
 
 
 def compiled_block(*arguments) -> Tensor:
     # Teacher and student, two lengths, three tiers: more programs than the usual limit of 8.
     with torch._dynamo.config.patch(recompile_limit=64):
         return compiled_forward(*arguments)
+
+
+def compiled_cached_block(*arguments) -> Tensor:
+    with torch._dynamo.config.patch(recompile_limit=64):
+        return compiled_cached_forward(*arguments)
 
 
 @dataclass
@@ -192,9 +199,19 @@ class Model(nn.Module):
             cache.positions += tokens
         return self.norm(x)
 
-    def run_layers(self, x: Tensor, first: int, last: int, cache: Cache | None = None) -> Tensor:
-        """Layers first..last-1 on a residual stream x [B, T, hidden_size]."""
-        block = Block.forward
+    def run_layers(
+        self,
+        x: Tensor,
+        first: int,
+        last: int,
+        cache: Cache | None = None,
+        new: Tensor | None = None,
+        block=None,
+    ) -> Tensor:
+        """Layers first..last-1 on a residual stream x [B, T, hidden_size]. Of the T tokens of each
+        sequence the first `new` [B] are real, the rest padding; all where it is None. `block` runs
+        a layer in place of Block.forward."""
+        block = block or Block.forward
         if cache is None and tuple(x.shape[:2]) in self.compiled_shapes:
             block = compiled_block
         if self.recompute and torch.is_grad_enabled():
@@ -204,7 +221,7 @@ class Model(nn.Module):
         rotary = self.rotary(x.shape[1], positions)
         for i in range(first, last):
             layer_cache = None if cache is None else cache.layers[i]
-            x = block(self.layers[i], x, rotary, layer_cache, positions)
+            x = block(self.layers[i], x, rotary, layer_cache, positions, new)
         return x
 
     def rotary(self, tokens: int, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -43,11 +43,11 @@ import scan as scan_module
 from attention import SoftmaxAttention, WindowLinearAttention, linear
 from config import read_config
 from conftest import GOLDEN, TIERS, boosted, needs_cpp, short_run, write_model
-from engine import Engine, Request
+from engine import Engine, Request, move_sequences, prefill
 from golden.make_golden import CONFIGS, NASTY, SMALL, golden_ids
 from hub import InputError, read_documents
 from kernels import Past, feature_map, naive_window_linear_attention
-from model import convert, load_model, load_tokenizer, rotary_frequencies, save_model
+from model import cache_tensors, convert, load_model, load_tokenizer, rotary_frequencies, save_model
 from tokenizer import pack_sequences
 
 near = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
@@ -203,12 +203,10 @@ def random_step(H: int, G: int, D: int, dtype=torch.float32) -> dict[str, list]:
         torch.rand(B, G, features, D),
         torch.rand(B, G, features),
     ]
-    slots, first, end = torch.tensor(
-        [[0, 299, 149, 232, 7], [0, 0, 7, 100, 299], [1, 300, 150, 233, 300]]
-    )
+    slots, end = torch.tensor([[0, 299, 149, 232, 7], [1, 300, 150, 233, 300]])
     ring, filled = torch.tensor([[3, 0, 5, 66, 9], [0, 1, 68, 150, 300]])
     return {
-        "softmax_step": [*new, slots, key, value, first, end],
+        "softmax_step": [*new, slots, key, value, end],
         "window_linear_step": [*new, ring, key, value, filled, *tail],
     }
 
@@ -624,7 +622,7 @@ def two_models(folder: Path, plan: str) -> list:
 
 def answers(model, compiled: bool) -> list[list[int]]:
     requests = [Request(row, 6) for row in torch.arange(40).view(2, 20)]
-    list(Engine(model, 2, compiled=compiled).run(deque(requests)))
+    list(Engine(model, 2, 26, compiled).run(deque(requests)))
     return [request.output for request in requests]
 
 
@@ -661,12 +659,25 @@ def random_requests(count: int, seed: int = 0) -> list[Request]:
     return requests
 
 
-@pytest.fixture
-def small_steps(monkeypatch):
-    """Rooms, chunks and slots that a few short requests go through many of."""
-    monkeypatch.setattr(engine_module, "BUCKET", 16)
-    monkeypatch.setattr(engine_module, "CHUNK", 13)
-    monkeypatch.setattr(engine_module, "SLOTS", 2)
+@pytest.fixture(params=["as on a CPU", "as on a GPU"])
+def small_steps(request, monkeypatch):
+    """Sizes and chunks that a few short requests go through many of. As on a GPU: several prompts
+    are read at once, padded, and steps are made beforehand and run one ahead of the host; what
+    would be replayed is called."""
+    monkeypatch.setattr(engine_module, "SMALLEST", 2)
+    if request.param == "as on a CPU":
+        monkeypatch.setattr(engine_module, "chunk_tokens", lambda device: 13)
+        return
+
+    monkeypatch.setattr(engine_module, "chunk_tokens", lambda device: 64)
+    monkeypatch.setattr(engine_module, "PADDING", 8)
+    monkeypatch.setattr(engine_module, "record", run_once_and_return)
+    monkeypatch.setattr(engine_module, "runs_ahead", lambda device: True)
+
+
+def run_once_and_return(run):
+    run()
+    return run
 
 
 def test_requests_served_together_get_what_each_gets_alone(llama, small_steps):
@@ -674,16 +685,16 @@ def test_requests_served_together_get_what_each_gets_alone(llama, small_steps):
     model = boosted(llama)
     requests = random_requests(24)
     waiting, later = deque(requests[:12]), deque(requests[12:])
-    engine = Engine(model, 5)
+    engine = Engine(model, 5, 100)
+    memory = addresses(engine.cache)
     tokens = 0
-    rooms = set()
     for request in engine.run(waiting):
         tokens += 1
-        rooms.add(engine.cache.room)
         if request.done and later:
             waiting.append(later.popleft())
-    assert tokens == sum(len(request.output) for request in requests) and not engine.live
-    assert len(rooms) > 2 and max(rooms) <= 112
+    assert tokens == sum(len(request.output) for request in requests) and not any(engine.live)
+    assert set(engine.steps) == {2, 4, 5}
+    assert addresses(engine.cache) == memory
 
     model.config.eos_token_ids = (5, 6, 7)
     for request in requests:
@@ -694,14 +705,36 @@ def test_requests_served_together_get_what_each_gets_alone(llama, small_steps):
     assert any(len(request.output) < request.max_new_tokens for request in requests)
 
 
-def test_softmax_caches_have_the_room_of_the_longest_live_sequence(llama, small_steps):
-    engine = Engine(boosted(llama), 2)
-    long = Request(torch.zeros(50, dtype=torch.int64), 3)
-    short = Request(torch.ones(3, dtype=torch.int64), 9)
-    room = {}
-    for request in engine.run(deque([long, short])):
-        room[request, len(request.output)] = engine.cache.room
-    assert room[long, 3] == 64 and room[short, 9] == 16
+def addresses(cache) -> list[int]:
+    return [x.data_ptr() for layer in cache.layers for x in cache_tensors(layer).values()]
+
+
+def test_a_request_longer_than_a_slot_is_refused(llama):
+    engine = Engine(boosted(llama), 2, 59)
+    assert list(engine.run(deque([Request(torch.zeros(50, dtype=torch.int64), 9)])))
+    with pytest.raises(ValueError, match=r"50 \+ 10 tokens is longer than a slot, 59"):
+        list(engine.run(deque([Request(torch.zeros(50, dtype=torch.int64), 10)])))
+
+
+@pytest.mark.parametrize("plan", ["SSS", "LLL"])
+def test_prompts_read_together_fill_the_cache_as_each_alone(llama, plan):
+    """Shorter than the sinks, the window, sinks and window, and longer; the padding changes
+    nothing."""
+    model = boosted(llama, plan)  # window 8, sinks 2
+    prompts = [torch.arange(1, 1 + n) for n in (1, 2, 3, 7, 8, 9, 10, 11, 30)]
+    together = model.new_cache(len(prompts), 0)
+    with torch.inference_mode():
+        [(hidden, _)] = prefill(model, prompts, together)
+        for i, prompt in enumerate(prompts):
+            alone = model.new_cache(1, 0)
+            [(expected, _)] = prefill(model, [prompt], alone)
+            near(hidden[i], expected[0], rtol=1e-4, atol=1e-4)
+
+            following = torch.arange(20, 60)[None]
+            row = model.new_cache(1, 80)
+            move_sequences(together, [i], row, [0])
+            alone.resize(80)
+            near(model(following, row), model(following, alone), rtol=1e-4, atol=1e-4)
 
 
 @needs_cpp
@@ -725,22 +758,20 @@ def test_changed_weights_take_effect_in_a_compiled_step(change, tmp_path):
 @pytest.mark.slow
 @torch._dynamo.config.patch(error_on_recompile=True)
 def test_a_compiled_step_is_compiled_once_and_equals_the_eager_one(llama, small_steps):
-    """Through several rooms of the softmax cache and numbers of slots, two engines and every kind
-    of layer."""
+    """For all sizes of a step, two engines of different room and every kind of layer."""
     torch._dynamo.reset()
     model = boosted(llama)
     outputs = []
     for compiled in (True, False):
         requests = random_requests(20, seed=1)
         sizes = set()
-        for slots in (5, 6):
-            engine = Engine(model, slots, compiled=compiled)
-            for _ in engine.run(deque(requests[slots % 2 :: 2])):
-                sizes.add(engine.size)
+        for slots, room in ((5, 100), (6, 200)):
+            engine = Engine(model, slots, room, compiled)
+            list(engine.run(deque(requests[slots % 2 :: 2])))
+            sizes |= set(engine.steps)
         outputs.append([request.output for request in requests])
     assert outputs[0] == outputs[1]
-    assert {2, 4, 5, 6} == {count for count, _ in sizes}
-    assert len({room for _, room in sizes}) > 3
+    assert sizes == {2, 4, 5, 6}
 
 
 @needs_cpp
