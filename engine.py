@@ -67,8 +67,8 @@ class Engine:
         self.cache = model.new_cache(slots, padded(room, model.device))
         self.token = torch.zeros(slots, dtype=torch.int64, device=model.device)  # each one's last
         self.advance = torch.zeros_like(self.token)  # 1 for a live slot, 0 for a free one
-        self.steps: dict[int, Callable[[], None]] = {}  # by size
         self.weights = ""  # what they were when the steps were made
+        self.forget_steps()
 
     @torch.inference_mode()
     def run(self, waiting: deque[Request]):
@@ -206,13 +206,18 @@ class Engine:
         then serves the others."""
         weights = weights_version(self.model)
         if weights != self.weights:
-            self.steps.clear()
+            self.forget_steps()
             self.weights = weights
         if self.on_gpu:
             for size in reversed(self.sizes):
                 if size not in self.steps:
                     self.steps[size] = self.make_step(size)
             self.mark_live()
+
+    def forget_steps(self) -> None:
+        self.steps: dict[int, Callable[[], None]] = {}  # by size
+        # Graphs that run one after the other can share memory.
+        self.graph_memory = torch.cuda.graph_pool_handle() if self.token.is_cuda else None
 
     def make_step(self, size: int) -> Callable[[], None]:
         """The step of the first `size` slots, always on the same memory."""
@@ -228,7 +233,7 @@ class Engine:
             token.copy_(run(self.model, token, layers, positions, self.block, self.weights))
             positions.add_(advance)
 
-        return record(step) if self.on_gpu else step
+        return record(step, self.graph_memory) if self.on_gpu else step
 
 
 def step_sizes(slots: int) -> list[int]:
@@ -290,7 +295,7 @@ def next_tokens(
     return model.logits(model.norm(x)[:, 0]).argmax(-1)
 
 
-def record(run: Callable[[], None]) -> Callable[[], None]:
+def record(run: Callable[[], None], memory=None) -> Callable[[], None]:
     """`run` as a CUDA graph: its kernels on the memory that they use now, replayed by one call."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -299,15 +304,9 @@ def record(run: Callable[[], None]) -> Callable[[], None]:
     torch.cuda.current_stream().wait_stream(stream)
 
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=graph_memory()):
+    with torch.cuda.graph(graph, pool=memory):
         run()
     return graph.replay
-
-
-@functools.cache
-def graph_memory():
-    """All graphs share one pool: they run one after the other."""
-    return torch.cuda.graph_pool_handle()
 
 
 @functools.cache

@@ -227,7 +227,7 @@ def flash_attention(
     strides = (token_stride, key.stride(1), 1)
     first = torch.arange(B + 1, dtype=torch.int32, device=query.device)
     out, *_ = torch.ops.aten._flash_attention_forward(
-        query.transpose(1, 2).reshape(B * T, H, D),
+        query.transpose(1, 2).contiguous().view(B * T, H, D),
         key.as_strided(size, strides),
         value.as_strided(size, strides),
         first * T,

@@ -675,7 +675,7 @@ def small_steps(request, monkeypatch):
     monkeypatch.setattr(engine_module, "runs_ahead", lambda device: True)
 
 
-def run_once_and_return(run):
+def run_once_and_return(run, memory):
     run()
     return run
 
