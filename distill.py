@@ -24,7 +24,6 @@ takes its share of each step's sequences, and the gradients are summed (data par
 
 import json
 import math
-import signal
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 
 from hub import InputError, open_safetensors, save_safetensors
 from kernels import sliced_kl
-from machine import gather, progress, rank_and_world, say, sum_over_processes
+from machine import Diverged, Interrupt, gather, progress, rank_and_world, say, sum_over_processes
 from measure import kl_by_position
 from model import Model
 
@@ -42,10 +41,6 @@ AVERAGE = 3  # step t of a stage counts as t^AVERAGE in the average of its weigh
 STEADY = 600  # steps of a stage at its full learning rate
 CHECKPOINT_SECONDS = 180  # between two checkpoints
 IF_DAMAGED = "delete it to start anew"
-
-
-class Diverged(RuntimeError):
-    """The loss became infinite or not a number."""
 
 
 @dataclass
@@ -528,24 +523,3 @@ class Optimizer:
                     x = file.get_tensor(f"{name}/{key}").to(master.device)
                     self.adam.state[master][key] = x
         self.publish()
-
-
-# --- Ctrl-C ------------------------------------------------------------------------------------
-
-
-class Interrupt:
-    """Turns the first Ctrl-C into a request to stop after this step; a second one stops at once."""
-
-    asked = False
-
-    def __enter__(self):
-        self.previous = signal.signal(signal.SIGINT, self.ask)
-        return self
-
-    def __exit__(self, *error):
-        signal.signal(signal.SIGINT, self.previous)
-
-    def ask(self, *_):
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        say("\nstopping after this step ...")

@@ -27,9 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distill import Diverged
 from hub import InputError, read_json, write_json
-from machine import gather, progress, rank_and_world
+from machine import Diverged, gather, progress, rank_and_world
 from measure import (
     kl_by_position,
     mean,
