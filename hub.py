@@ -34,6 +34,12 @@ class InputError(ValueError):
     fix."""
 
 
+def require(condition, message: str) -> None:
+    """Raises InputError with this message where the condition does not hold."""
+    if not condition:
+        raise InputError(message)
+
+
 # --- found on disk or on the Hub ---------------------------------------------------------------
 
 

@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from attention import linear
-from hub import InputError
+from hub import require
 from kernels import logit_kl, slice_rows
 from machine import progress
 from model import Model
@@ -255,46 +255,36 @@ def passkey_recall(
 # --- question files ----------------------------------------------------------------------------
 
 
-def read_tasks(paths: list[str], limit: int | None) -> dict[str, list[dict]]:
+def read_tasks(paths: list[str]) -> dict[str, list[dict]]:
     """{name: items} of question files. Raises InputError for two of one name, and where `read_task`
     does."""
-    tasks = {Path(path).stem: read_task(path, limit) for path in paths}
-    if len(tasks) < len(paths):
-        raise InputError(
-            f"--tasks {' '.join(paths)}: give files of different names; the report has them by "
-            "their names"
-        )
+    tasks = {Path(path).stem: read_task(path) for path in paths}
+    require(
+        len(tasks) == len(paths),
+        f"--tasks {' '.join(paths)}: give files of different names; the report has them by "
+        "their names",
+    )
     return tasks
 
 
-def read_task(path: str, limit: int | None = None) -> list[dict]:
-    """The items of a question file, the first `limit` of them. Raises InputError for a line that is
-    in none of the three formats, or not in that of the first line."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = list(itertools.islice(file, limit))
-    except OSError as error:
-        raise InputError(f"--tasks {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"--tasks {path}: {error}") from None
-
+def read_task(path: str) -> list[dict]:
+    """The items of a question file. Raises InputError for a line that is in none of the three
+    formats, or not in that of the first line."""
     items: list[dict] = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
             item = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or no UTF-8
             item = None
         kind = task_format(item)
-        if kind is None or (items and kind != task_format(items[0])):
-            raise InputError(
-                f"--tasks {path}: line {number}: give query, choices, gold; or context_options, "
-                "continuation, gold; or context, continuation; texts that are not empty, gold the "
-                "number of one from 0 on, all lines alike"
-            )
+        require(
+            kind and kind == task_format(items[0] if items else item),
+            f"--tasks {path}: line {number}: give query, choices, gold; or context_options, "
+            "continuation, gold; or context, continuation; texts that are not empty, gold the "
+            "number of one from 0 on, all lines alike",
+        )
         items.append(item)
-
-    if not items:
-        raise InputError(f"--tasks {path}: is empty")
+    require(items, f"--tasks {path}: is empty")
     return items
 
 

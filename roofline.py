@@ -181,19 +181,6 @@ def build_shape(name: str, dtype: torch.dtype, device: str) -> Model:
 # --- predictions -------------------------------------------------------------------------------
 
 
-def list_parts(models: dict[str, Model], batch: int, context: int, hardware: Hardware) -> list:
-    """The parts of a step and, as one more, a prompt's cost a token."""
-    rows = []
-    for name, model in models.items():
-        costs = step_costs(model, batch, context)
-        costs["prefill, a token"] = (0.0, prefill_operations(model, context) / context)
-        for part, (size, operations) in costs.items():
-            ms = 1e3 * floor_seconds({part: (size, operations)}, hardware)
-            figures = {"part": part, "model": name, "mb": size / 1e6, "mflop": operations / 1e6}
-            rows.append(figures | {"ms": ms})
-    return rows
-
-
 def predict(models, clients: int, context: int, memory: float, hardware: Hardware) -> list[dict]:
     """Tokens/s at the floor: of steps at the full context, and of requests whose context is half
     prompt and half output."""

@@ -115,7 +115,7 @@ def recall_probe(model: Model, tokenizer: Tokenizer, text: Tensor) -> Probe:
 
 
 def task_probe(model: Model, tokenizer: Tokenizer, path: str) -> Probe:
-    items = read_task(path, TASK_ITEMS)
+    items = read_task(path)[:TASK_ITEMS]
     groups = [task_prompts(item, tokenizer) for item in items]
     batches = [pad_prompts(group).to(model.device) for group in groups]
 
