@@ -49,6 +49,7 @@ from golden.make_golden import CONFIGS, NASTY, SMALL, golden_ids
 from hub import InputError, read_documents
 from kernels import Past, feature_map, naive_window_linear_attention
 from model import convert, load_model, load_tokenizer, rotary_frequencies, save_model
+from results.ranks import spearman
 from tokenizer import pack_sequences
 
 near = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
@@ -849,7 +850,6 @@ def test_luck_is_no_gain():
 
 
 def test_spearman():
-    spearman = scan_module.spearman
     assert spearman([1, 2, 3, 4], [10, 20, 30, 100]) == pytest.approx(1)
     assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
     assert spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9487, abs=1e-4)  # SciPy's
