@@ -177,17 +177,12 @@ def score_rows(hidden: Tensor, head: Tensor, prompts: list[Prompt]) -> list[Scor
     scored = []
     for row, (context, answer) in zip(hidden, prompts, strict=True):
         first = len(context) - 1  # the state that predicts the answer's first token
-        scored.append(score_hidden(row[first : first + len(answer)], head, answer))
+        logits = linear(row[first : first + len(answer)], head).float()  # (answer, V)
+        tokens = torch.tensor(answer, device=logits.device)
+        log_likelihood = -F.cross_entropy(logits, tokens, reduction="sum")
+        greedy = (logits.argmax(-1) == tokens).all()
+        scored.append(Scored(float(log_likelihood), bool(greedy)))
     return scored
-
-
-def score_hidden(hidden: Tensor, head: Tensor, answer: list[int]) -> Scored:
-    """hidden [len(answer), d]: the states that predict each token of the answer."""
-    logits = linear(hidden, head).float()
-    tokens = torch.tensor(answer, device=logits.device)
-    log_likelihood = -F.cross_entropy(logits, tokens, reduction="sum")
-    greedy = (logits.argmax(-1) == tokens).all()
-    return Scored(float(log_likelihood), bool(greedy))
 
 
 # --- passkey recall ----------------------------------------------------------------------------
@@ -293,15 +288,11 @@ def task_format(item) -> str | None:
     something is missing or wrong."""
     if not isinstance(item, dict):
         return None
-
     for kind, text in (("choices", "query"), ("context_options", "continuation")):
         if kind in item:
-            options = item[kind]
-            gold = item.get("gold")
-            if not isinstance(options, list) or not are_texts(*options, item.get(text)):
-                return None
-            return kind if type(gold) is int and 0 <= gold < len(options) else None
-
+            options, gold = item[kind], item.get("gold")
+            right = isinstance(options, list) and are_texts(*options, item.get(text))
+            return kind if right and type(gold) is int and 0 <= gold < len(options) else None
     return "context" if are_texts(item.get("context"), item.get("continuation")) else None
 
 
@@ -347,27 +338,24 @@ def task_accuracy(items: list[dict], scored: list[list[Scored]]) -> dict:
             "perplexity": math.exp(-mean(answer.log_likelihood for answer in answers)),
         }
 
-    right = []
-    right_per_byte = []
-    for item, choices in zip(items, scored, strict=True):
-        values = [choice.log_likelihood for choice in choices]
-        right.append(index_of_largest(values) == item["gold"])
-        if "choices" in item:
+    gold = [item["gold"] for item in items]
+    values = [[choice.log_likelihood for choice in choices] for choices in scored]
+    figures = {"items": len(items), "accuracy": share_right(values, gold)}
+    if "choices" in items[0]:
+        per_byte = []
+        for item, row in zip(items, values, strict=True):
             sizes = [len(text.encode()) for text in item["choices"]]
-            per_byte = [value / size for value, size in zip(values, sizes, strict=True)]
-            right_per_byte.append(index_of_largest(per_byte) == item["gold"])
-
-    figures = {"items": len(items), "accuracy": mean(right)}
-    if right_per_byte:
-        figures["accuracy_norm"] = mean(right_per_byte)
+            per_byte.append([value / size for value, size in zip(row, sizes, strict=True)])
+        figures["accuracy_norm"] = share_right(per_byte, gold)
     return figures
 
 
+def share_right(values: list[list[float]], gold: list[int]) -> float:
+    """How often the largest value is that of the choice which is right."""
+    return mean(row.index(max(row)) == right for row, right in zip(values, gold, strict=True))
+
+
 # --- statistics --------------------------------------------------------------------------------
-
-
-def index_of_largest(values: list[float]) -> int:
-    return max(range(len(values)), key=values.__getitem__)
 
 
 def mean(values) -> float:
