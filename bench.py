@@ -24,7 +24,15 @@ import cpu
 from config import parse_plan
 from engine import Engine, Request, prefill
 from hub import require
-from machine import at_least, pick_device, pick_dtype, progress, run_program
+from machine import (
+    MACHINE_FLAGS,
+    add_flags,
+    at_least,
+    pick_device,
+    pick_dtype,
+    progress,
+    run_program,
+)
 from measure import quantile
 from model import Model, cache_bytes, convert, load_model, weight_bytes
 from roofline import (
@@ -141,7 +149,7 @@ def decode_command(args) -> list[dict]:
     models, this = load_pair(args)
     engines = {}
     for name, model in models.items():
-        engines[name] = Engine(model, args.batch, compiled=not args.no_compile)
+        engines[name] = Engine(model, args.batch, compiled=args.compile)
         prefill_seconds(model, 2)  # warms up
 
     report = []
@@ -176,7 +184,7 @@ def serve_command(args) -> list[dict]:
     report = []
     for clients, (name, model) in itertools.product(args.concurrency, models.items()):
         slots = fitting_slots(model, longest, args.memory or math.inf, clients)
-        engine = Engine(model, slots, compiled=not args.no_compile)
+        engine = Engine(model, slots, compiled=args.compile)
         decode_times({name: engine}, args.prompt, 1)  # compiles
         prefill_seconds(model, 2)  # warms up
 
@@ -328,13 +336,26 @@ COMMANDS = {  # what runs: its own flags
     roofline_command: ("hardware", "lengths", "concurrency", "memory"),
 }
 FLAGS = {
-    "batch": (at_least(1), 16, "sequences of a step [%(default)s]"),
-    "lengths": (counts, "256,1024,4096,8192", "tokens that each sequence holds [%(default)s]"),
-    "concurrency": (counts, "50,100,200", "clients [%(default)s]"),
-    "prompt": (at_least(1), 256, "its tokens, on average [%(default)s]"),
-    "output": (at_least(1), 256, "new tokens, on average [%(default)s]"),
+    "batch": (at_least(1), 16, "sequences of a step"),
+    "lengths": (counts, "256,1024,4096,8192", "tokens that each sequence holds"),
+    "concurrency": (counts, "50,100,200", "clients"),
+    "prompt": (at_least(1), 256, "its tokens, on average"),
+    "output": (at_least(1), 256, "new tokens, on average"),
     "memory": (memory_size, None, "limit of weights and caches, as 24GiB [none]"),
-    "hardware": (hardware_names, "a10,h100,this", "to predict for [%(default)s]"),
+    "hardware": (hardware_names, "a10,h100,this", "to predict for"),
+}
+COMMON_FLAGS = {
+    "model": {
+        "model": (str, None, "a folder or Hub id"),
+        "shape": (tuple(SHAPES), None, "instead of --model: its sizes, random weights"),
+        "plan": (str, None, "letters, or uniform:L [4/15 of the layers S, 4/15 X, the others L]"),
+        "window": (int, 64, "of L layers, in tokens"),
+        "sinks": (int, 4, "of L layers, in tokens"),
+    },
+    "machine": {
+        **MACHINE_FLAGS,
+        "compile": (bool, True, "torch.compile and C++; --no-compile: torch alone, eagerly"),
+    },
 }
 
 
@@ -344,29 +365,14 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     for run, flags in COMMANDS.items():
         command = commands.add_parser(run.__name__.removesuffix("_command"), help=run.__doc__)
         command.set_defaults(run=run)
-        group = command.add_argument_group("measurement")
-        for name in flags:
-            kind, default, help = FLAGS[name]
-            group.add_argument(f"--{name}", type=kind, default=default, help=help)
-
-        add = command.add_argument_group("model").add_argument
-        add("--model", help="a folder or Hub id")
-        add("--shape", choices=SHAPES, help="instead of --model: its sizes, random weights")
-        add("--plan", help="letters, or uniform:L [4/15 of the layers S, 4/15 X, the others L]")
-        add("--window", type=int, default=64, help="of L layers, in tokens [%(default)s]")
-        add("--sinks", type=int, default=4, help="of L layers, in tokens [%(default)s]")
-
-        add = command.add_argument_group("machine").add_argument
-        add("--device", help="cpu or cuda [the GPU where there is one]")
-        dtypes = ("bfloat16", "float32")
-        add("--dtype", choices=dtypes, help="of the weights [bfloat16 where the processor has it]")
-        add("--no-compile", action="store_true", help="torch alone, eagerly [compiled, with C++]")
+        own = {"measurement": {name: FLAGS[name] for name in flags}}
+        add_flags(command, own | COMMON_FLAGS)
     return parser.parse_args(argv)
 
 
 def run(args) -> None:
     settings = {name: value for name, value in vars(args).items() if name != "run"}
-    cpu.enabled = not args.no_compile
+    cpu.enabled = args.compile
     print(json.dumps({**settings, "report": args.run(args)}))
 
 

@@ -28,10 +28,13 @@ from torch import Tensor
 
 import cpu
 import report
+import scan
 from distill import Healing, heal, tail_names
 from hub import C4, find_model, read_documents, require
 from kernels import FEATURE_MAPS
 from machine import (
+    MACHINE_FLAGS,
+    add_flags,
     at_least,
     is_main_process,
     pick_dtype,
@@ -42,20 +45,6 @@ from machine import (
 )
 from measure import RECALL_LENGTHS, read_tasks
 from model import Model, cache_bytes, convert, load_model, parse_plan, save_model
-from scan import (
-    CALIBRATION_CONTEXT,
-    CALIBRATION_SEQUENCES,
-    MEASURES,
-    PLANNERS,
-    RECALL_PROMPTS,
-    chart,
-    check_scan,
-    costs_of,
-    fingerprint,
-    hash_file,
-    make_probes,
-    scan,
-)
 from tokenizer import Tokenizer, load_tokenizer, pack_sequences
 
 LONG_CONTEXT = 4096  # tokens a sequence in the last stage of healing, or all of its positions
@@ -98,8 +87,9 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     layers = scan_layers(model, tokenizer, train, valid, tiers, settings, args)
     plan = args.plan
     if plan is None:
-        plan = PLANNERS[args.planner](costs_of(layers, args.measure), args.keep, args.drop)
-        say(chart(layers, args.measure, plan))
+        costs = scan.costs_of(layers, args.measure)
+        plan = scan.PLANNERS[args.planner](costs, args.keep, args.drop)
+        say(scan.chart(layers, args.measure, plan))
     say(f"\nPlan: {plan}", *describe_plan(model, plan, tiers, layers, args.measure))
 
     # Convert. `converted` keeps untrained tails of its own; the student's are trained.
@@ -115,8 +105,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
         f"\nHeal: {settings.trained_tokens:,} tokens, {transfer} steps of attention transfer, then "
         f"{short - transfer} of KL distillation, {settings.steps - short} on long sequences."
     )
-    same = {"model": fingerprint(*model.parameters()), "data": fingerprint(train), **tiers}
-    same |= {"plan": plan, "dtype": args.dtype}
+    same = scan.identity_of(model, train, tiers) | {"plan": plan, "dtype": args.dtype}
     watched = valid[:VALIDATION_SEQUENCES]
     curve = heal(model, student, train, watched, settings, out / "healing.safetensors", same)
     if not is_main_process():
@@ -157,9 +146,10 @@ def check_arguments(model: Model, source: Path, tiers: dict, args) -> Healing:
         f"--keep {args.keep} --drop {args.drop}: the model has {n} layers; "
         f"give two numbers, together at most {n}",
     )
+    shortest = min(scan.RECALL_PROMPTS)
     require(
-        "recall" not in args.measure or reach >= min(RECALL_PROMPTS),
-        f"--measure: recall needs a model of {min(RECALL_PROMPTS)} positions; give --measure kl",
+        "recall" not in args.measure or reach >= shortest,
+        f"--measure: recall needs a model of {shortest} positions; give --measure kl",
     )
     require(
         "task" not in args.measure or args.tasks,
@@ -187,16 +177,16 @@ def scan_layers(
     """The damage of each layer by tier, read from a scan made before, measured, or both; nothing is
     scanned where the plan is stated. Says first what the whole run will do."""
     n = len(model.layers)
-    longest = min(CALIBRATION_CONTEXT, model.config.max_position_embeddings)
-    calibration = train.flatten().unfold(0, longest, longest)[:CALIBRATION_SEQUENCES]
-    same = {"model": fingerprint(*model.parameters()), "data": fingerprint(calibration), **tiers}
+    longest = min(scan.CALIBRATION_CONTEXT, model.config.max_position_embeddings)
+    calibration = train.flatten().unfold(0, longest, longest)[: scan.CALIBRATION_SEQUENCES]
+    same = scan.identity_of(model, calibration, tiers)
     if "task" in args.measure:
-        same["task file"] = hash_file(args.tasks[0])
+        same["task file"] = scan.hash_file(args.tasks[0])
 
     layers = []
     path = Path(args.scan or Path(args.out) / "scan.json")
     if path.exists() and (args.scan or args.plan is None):
-        layers = check_scan(path, same, args.measure, n)
+        layers = scan.check_scan(path, same, args.measure, n)
     require(
         not args.scan or len(layers) == n,
         f"--scan {args.scan}: holds {len(layers)} of {n} layers; repeat the command that makes it",
@@ -213,8 +203,8 @@ def scan_layers(
         return layers
 
     say(f"\nScan: one layer at a time, from layer {len(layers)} on.")
-    probes = make_probes(model, tokenizer, args.measure, calibration, train, args.tasks)
-    return scan(model, probes, tiers, path, same, layers)
+    probes = scan.make_probes(model, tokenizer, args.measure, calibration, train, args.tasks)
+    return scan.scan(model, probes, tiers, path, same, layers)
 
 
 def read_text(args, tokenizer: Tokenizer, model: Model, settings: Healing) -> tuple[Tensor, Tensor]:
@@ -265,7 +255,8 @@ def announce(
     reach = model.config.max_position_embeddings
     tokens = calibration.numel() if "kl" in args.measure else 0
     if "recall" in args.measure:
-        tokens += sum(length * count for length, count in RECALL_PROMPTS.items() if length <= reach)
+        prompts = scan.RECALL_PROMPTS.items()
+        tokens += sum(length * count for length, count in prompts if length <= reach)
     passes = 2 + sum(2 * (n - i) / n for i in range(scanned, n))  # over all layers
     passkeys = args.passkeys * sum(length for length in RECALL_LENGTHS if length <= reach)
     healing = 5 * settings.trained_tokens  # teacher, student, backward
@@ -357,10 +348,62 @@ def token_count(text: str) -> int:
 
 def measure_names(text: str) -> list[str]:
     names = text.split("+")
-    if set(names) - set(MEASURES):
-        known = ", ".join(MEASURES)
+    if set(names) - set(scan.MEASURES):
+        known = ", ".join(scan.MEASURES)
         raise argparse.ArgumentTypeError(f"{text!r}: give {known}, or several joined with +")
     return names
+
+
+FLAGS = {
+    "model": {
+        "model": (str, None, "a folder in the Hub's layout or a Hub id [the embedded one]"),
+        "revision": (str, None, "branch, tag or commit on the Hub [main]"),
+        "out": (str, None, "folder for the model, scan.json and report.json [out/<model name>]"),
+    },
+    "text": {
+        "data": (str, None, f"to heal on: {report.TEXT_KINDS} [one shard of C4]"),
+        "valid": (str, None, "to evaluate on [the last documents of --data, held out]"),
+        "sequences": (at_least(1), None, "of 1,024 tokens, to evaluate on [32]"),
+        "passkeys": (at_least(1), 20, "hidden numbers to repeat, at each length"),
+        "tasks": (list, [], "question files to evaluate on [none]"),
+    },
+    "scan and plan": {
+        "keep": (at_least(0), None, "layers that keep softmax attention [a third]"),
+        "drop": (at_least(0), None, "layers whose attention is removed, at a cost in quality [0]"),
+        "planner": (tuple(scan.PLANNERS), "tier", "tier: least damage; paper: bands by X"),
+        "plan": (str, None, "this one: S, L or X for each layer, or uniform:L [scan and plan]"),
+        "measure": (measure_names, "kl+recall", "damage: kl, recall, task or a sum"),
+        "scan": (str, None, "plan from this scan.json [scan, or go on with the one in OUT]"),
+        "window": (int, 64, "last tokens that an L layer sees exactly"),
+        "sinks": (int, 4, "first tokens that it sees exactly"),
+        "feature-map": (str, "hedgehog", f"of its tail: {', '.join(FEATURE_MAPS)}"),
+    },
+    "healing": {
+        "tokens": (token_count, None, "to heal on, as 200k or 10M [10M]"),
+        "rank": (at_least(1), 16, "of the adapters"),
+        "lr": (at_least(1e-9, float), 1e-3, "highest learning rate"),
+        "context": (at_least(2), 512, "tokens of a training sequence"),
+        "batch": (at_least(1), None, "sequences a step, over all processes [one a process]"),
+        "activation-checkpointing": (bool, None, "less memory, more time [keep activations]"),
+    },
+    "generation": {
+        "prompt": (str, None, "only continue this text with MODEL"),
+        "max-new-tokens": (at_least(1), 100, "at most so many more tokens"),
+        "temperature": (at_least(0.0, float), 0.0, "0 takes the likeliest token"),
+        "top-k": (at_least(1), None, "draw from the K likeliest tokens [all]"),
+        "top-p": (at_least(1e-9, float), None, "draw from the likeliest P of probability [1]"),
+    },
+    "machine": {
+        "seed": (int, 0, "of data order, adapters and samples"),
+        **MACHINE_FLAGS,
+        "compile": (
+            bool,
+            None,
+            "run scan and healing through torch.compile, which pays from some 100k tokens on; "
+            "--no-compile leaves out the C++ of cpu.cpp, too [neither]",
+        ),
+    },
+}
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -369,93 +412,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description="Makes a pretrained Llama-style model cheaper to serve: scan, plan, convert, "
         "heal, evaluate, save. Without --model: the embedded one, its own text and settings.",
     )
-    for title, add_flags in FLAG_GROUPS.items():
-        add_flags(parser.add_argument_group(title).add_argument)
+    add_flags(parser, FLAGS)
     args = parser.parse_args(argv)
     for name, value in (TINY_DEFAULTS if args.model is None else DEFAULTS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or f"out/{Path(args.model).resolve().name}"
     return args
-
-
-def add_model_flags(add) -> None:
-    add("--model", help="a folder in the Hub's layout or a Hub id [the embedded one]")
-    add("--revision", help="branch, tag or commit on the Hub [main]")
-    add("--out", help="folder for the model, scan.json and report.json [out/<model name>]")
-
-
-def add_text_flags(add) -> None:
-    kinds = ".txt, .jsonl, .jsonl.gz, a folder of them, or hub:DATASET/FILE"
-    add("--data", help=f"to heal on: {kinds} [one shard of C4]")
-    add("--valid", help="to evaluate on [the last documents of --data, held out]")
-    add("--sequences", type=at_least(1), help="of 1,024 tokens, to evaluate on [32]")
-    passkeys = "hidden numbers to repeat, at each length [%(default)s]"
-    add("--passkeys", type=at_least(1), default=20, help=passkeys)
-    add("--tasks", nargs="+", default=[], help="question files to evaluate on [none]")
-
-
-def add_plan_flags(add) -> None:
-    add("--keep", type=at_least(0), help="layers that keep softmax attention [a third]")
-    drop = "layers whose attention is removed: costly (results/healing.md) [0]"
-    add("--drop", type=at_least(0), help=drop)
-    planner = "tier: least damage; paper: bands by X [%(default)s]"
-    add("--planner", choices=PLANNERS, default="tier", help=planner)
-    add("--plan", help="this plan: S, L or X for each layer, or uniform:L [scan and plan]")
-    measure = "damage: kl, recall, task or a sum [kl+recall]"
-    add("--measure", type=measure_names, default="kl+recall", help=measure)
-    add("--scan", help="plan from this scan.json [scan, or go on with the one in OUT]")
-    window = "last tokens that an L layer sees exactly [%(default)s]"
-    add("--window", type=int, default=64, help=window)
-    add("--sinks", type=int, default=4, help="first tokens that it sees exactly [%(default)s]")
-    maps = f"of its tail: {', '.join(FEATURE_MAPS)} [%(default)s]"
-    add("--feature-map", default="hedgehog", help=maps)
-
-
-def add_healing_flags(add) -> None:
-    add("--tokens", type=token_count, help="to heal on, as 200k or 10M [10M]")
-    add("--rank", type=at_least(1), default=16, help="of the adapters [%(default)s]")
-    rate = "highest learning rate [%(default)s]"
-    add("--lr", type=at_least(1e-9, float), default=1e-3, help=rate)
-    context = "tokens of a training sequence [%(default)s]"
-    add("--context", type=at_least(2), default=512, help=context)
-    batch = "sequences a step, over all processes [one a process]"
-    add("--batch", type=at_least(1), help=batch)
-    less = "less memory: compute activations again in the backward pass [keep them]"
-    add("--activation-checkpointing", action="store_true", help=less)
-
-
-def add_generation_flags(add) -> None:
-    add("--prompt", help="only continue this text with MODEL")
-    most = "at most so many more tokens [%(default)s]"
-    add("--max-new-tokens", type=at_least(1), default=100, help=most)
-    temperature = "0 takes the likeliest token [%(default)s]"
-    add("--temperature", type=at_least(0.0, float), default=0.0, help=temperature)
-    add("--top-k", type=at_least(1), help="draw from the K likeliest tokens [all]")
-    top_p = "draw from the likeliest that hold P of the probability [1]"
-    add("--top-p", type=at_least(1e-9, float), help=top_p)
-
-
-def add_machine_flags(add) -> None:
-    add("--seed", type=int, default=0, help="of data order, adapters and samples [%(default)s]")
-    add("--device", help="cpu or cuda [the GPU when there is one]")
-    dtypes = ("bfloat16", "float32")
-    add("--dtype", choices=dtypes, help="of the weights [bfloat16 where the processor has it]")
-    compiled = (
-        "run scan and healing through torch.compile, which pays from some 100k tokens on; "
-        "--no-compile leaves out the C++ of cpu.cpp, too [neither]"
-    )
-    add("--compile", action=argparse.BooleanOptionalAction, help=compiled)
-
-
-FLAG_GROUPS = {
-    "model": add_model_flags,
-    "text": add_text_flags,
-    "scan and plan": add_plan_flags,
-    "healing": add_healing_flags,
-    "generation": add_generation_flags,
-    "machine": add_machine_flags,
-}
 
 
 def run(args) -> None:

@@ -92,6 +92,27 @@ def at_least(least, kind=int):
     return number
 
 
+def add_flags(parser: argparse.ArgumentParser, groups: dict[str, dict]) -> None:
+    """groups: {title: {name: (kind, default, help)}}. kind is a type, or the values to choose from;
+    `list` takes several values, `bool` none (--name, --no-name)."""
+    special = {list: {"nargs": "+"}, bool: {"action": argparse.BooleanOptionalAction}}
+    for title, flags in groups.items():
+        group = parser.add_argument_group(title)
+        for name, (kind, default, help) in flags.items():
+            options = special.get(kind, {"type": kind})
+            if isinstance(kind, tuple):
+                options = {"choices": kind}
+            if default is not None and kind not in special:
+                help += " [%(default)s]"
+            group.add_argument(f"--{name}", default=default, help=help, **options)
+
+
+MACHINE_FLAGS = {
+    "device": (str, None, "cpu or cuda [the GPU where there is one]"),
+    "dtype": (("bfloat16", "float32"), None, "of weights [bfloat16 where the processor has it]"),
+}
+
+
 # --- processes ---------------------------------------------------------------------------------
 
 

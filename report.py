@@ -21,7 +21,7 @@ from bench import decode_times, format_table
 from distill import Healing
 from engine import Engine
 from hub import C4, read_documents, require, write_json, write_text
-from machine import at_least, pick_device, pick_dtype, run_program, say
+from machine import MACHINE_FLAGS, add_flags, at_least, pick_device, pick_dtype, run_program, say
 from model import Model, cache_bytes, load_model
 from tokenizer import Tokenizer, load_tokenizer, pack_sequences
 
@@ -147,24 +147,25 @@ def continuation(model: Model, tokenizer: Tokenizer, valid: Tensor) -> str:
 # --- command line ------------------------------------------------------------------------------
 
 
+TEXT_KINDS = ".txt, .jsonl, .jsonl.gz, a folder of them, or hub:DATASET/FILE"
+FLAGS = {
+    "model": {"base": (str, None, "the original to compare with [none]")},
+    "text": {
+        "valid": (str, C4, TEXT_KINDS),
+        "sequences": (at_least(1), 32, "of 1,024 tokens, of it"),
+        "passkeys": (at_least(1), 20, "hidden numbers to repeat, at each length"),
+        "tasks": (list, [], "question files [none]"),
+    },
+    "machine": MACHINE_FLAGS,
+}
+
+
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Measures a model on text, questions and passkeys, beside its original."
     )
-    add = parser.add_argument_group("model").add_argument
-    add("model", help="a folder or Hub id")
-    add("--base", help="the original to compare with [none]")
-
-    add = parser.add_argument_group("text").add_argument
-    add("--valid", default=C4, help="a .txt, .jsonl, .jsonl.gz, folder or hub:DATASET/FILE [C4]")
-    add("--sequences", type=at_least(1), default=32, help="of 1,024 tokens, of it [%(default)s]")
-    add("--passkeys", type=at_least(1), default=20, help="prompts at each length [%(default)s]")
-    add("--tasks", nargs="+", default=[], help="question files [none]")
-
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", help="cpu or cuda [the GPU where there is one]")
-    dtypes = ("bfloat16", "float32")
-    add("--dtype", choices=dtypes, help="of the weights [bfloat16 where the processor has it]")
+    parser.add_argument("model", help="a folder or Hub id")
+    add_flags(parser, FLAGS)
     return parser.parse_args(argv)
 
 

@@ -221,6 +221,11 @@ def check_scan(path: Path, identity: dict, measures: list[str], n: int) -> list[
     return made["layers"]
 
 
+def identity_of(model: Model, text: Tensor, tiers: dict) -> dict:
+    """What must be the same where a run goes on from an earlier one."""
+    return {"model": fingerprint(*model.parameters()), "data": fingerprint(text), **tiers}
+
+
 def fingerprint(*tensors: Tensor) -> str:
     """Twelve hex digits that tell sets of tensors apart, by their shapes and 64 values of each;
     weights give the same ones in every precision."""

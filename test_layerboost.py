@@ -1427,7 +1427,7 @@ def test_a_second_plan_comes_from_the_same_scan(llama, text, tmp_path, capsys, m
     scanned = json.loads((first / "scan.json").read_text())
     assert "dtype" not in scanned["identity"]  # it serves every precision
 
-    monkeypatch.delattr(layerboost, "scan")  # nothing is scanned again
+    monkeypatch.delattr(scan_module, "scan")  # nothing is scanned again
     flags += ["--scan", str(first / "scan.json"), "--keep", "2"]
     assert layerboost.main(short_run(llama, text, second, *flags)) == 0
     assert "Scan: read from" in capsys.readouterr().out
