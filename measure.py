@@ -24,6 +24,7 @@ start from hidden states after the final norm, and make the logits of a slice of
 answer's positions, alone.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -189,62 +190,42 @@ def score_rows(hidden: Tensor, head: Tensor, prompts: list[Prompt]) -> list[Scor
 
 
 def passkey_prompts(
-    tokenizer: Tokenizer,
-    text: Tensor,
-    length: int,
-    depths: tuple[float, ...] = RECALL_DEPTHS,
-    count: int = 4,
-    seed: int = 0,
-) -> list[tuple[float, Prompt]]:
-    """[(depth, prompt)]: `count` prompts of `length` tokens, answer included, for each depth (0 the
-    start, 1 the end), each hidden in another part of `text` (ids of any shape)."""
-
-    def encode(words: str) -> list[int]:
-        return tokenizer.encode(words, special=False)
-
+    tokenizer: Tokenizer, text: Tensor, length: int, depths=RECALL_DEPTHS, count=4, seed=0
+) -> list[Prompt]:
+    """`count` prompts of `length` tokens, answer included, for each depth (0 the start, 1 the end),
+    each hidden in another part of `text` (ids of any shape)."""
     draw = random.Random(f"{seed} {length}")
+    encode = functools.partial(tokenizer.encode, special=False)
     text = text.flatten().repeat(1 + length // text.numel())  # a short text is told again
     head = tokenizer.prefix + encode(PASSKEY_HEAD)
     question = encode(PASSKEY_QUESTION)
 
     prompts = []
-    for depth in depths:
-        for _ in range(count):
-            number = str(draw.randrange(10000, 100000))
-            needle = encode(PASSKEY_NEEDLE.format(number=number))
-            answer = encode(f" {number}")
+    for depth, _ in itertools.product(depths, range(count)):
+        number = str(draw.randrange(10000, 100000))
+        needle = encode(PASSKEY_NEEDLE.format(number=number))
+        answer = encode(f" {number}")
 
-            room = length - len(head) - len(needle) - len(question) - len(answer)
-            start = draw.randrange(max(1, len(text) - room))
-            filler = text[start : start + room].tolist()
+        room = length - len(head) - len(needle) - len(question) - len(answer)
+        start = draw.randrange(max(1, len(text) - room))
+        filler = text[start : start + room].tolist()
 
-            before = int(room * depth)
-            context = head + filler[:before] + needle + filler[before:room] + question
-            prompts.append((depth, (context, answer)))
+        before = int(room * depth)
+        context = head + filler[:before] + needle + filler[before:room] + question
+        prompts.append((context, answer))
     return prompts
 
 
 def passkey_recall(
-    model: Model,
-    tokenizer: Tokenizer,
-    text: Tensor,
-    lengths: tuple[int, ...] = RECALL_LENGTHS,
-    count: int = 4,
-) -> dict:
-    """{"recall": {length: share repeated exactly}, "recall_by_depth": {length: {depth: share}}},
-    from `count` prompts at each length and depth."""
-    by_depth = {}
+    model: Model, tokenizer: Tokenizer, text: Tensor, lengths=RECALL_LENGTHS, count: int = 4
+) -> dict[str, float]:
+    """{length: share of passkeys that are repeated exactly}, of `count` at each depth."""
+    recall = {}
     for length in lengths:
         prompts = passkey_prompts(tokenizer, text, length, count=count)
-        scored = score_answers(model, [prompt for _, prompt in prompts], f"passkey at {length}")
-
-        found: dict[float, list[bool]] = {depth: [] for depth in RECALL_DEPTHS}
-        for (depth, _), answer in zip(prompts, scored, strict=True):
-            found[depth].append(answer.greedy)
-        by_depth[str(length)] = {str(depth): mean(repeated) for depth, repeated in found.items()}
-
-    recall = {length: mean(shares.values()) for length, shares in by_depth.items()}
-    return {"recall": recall, "recall_by_depth": by_depth}
+        scored = score_answers(model, prompts, f"passkey at {length}")
+        recall[str(length)] = mean(answer.greedy for answer in scored)
+    return recall
 
 
 # --- question files ----------------------------------------------------------------------------

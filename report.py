@@ -50,7 +50,7 @@ def evaluate(
         figures = report[name]
         reach = model.config.max_position_embeddings
         lengths = tuple(length for length in measure.RECALL_LENGTHS if length <= reach)
-        figures |= measure.passkey_recall(model, tokenizer, valid, lengths, count)
+        figures["recall"] = measure.passkey_recall(model, tokenizer, valid, lengths, count)
         figures["tasks"] = {
             task: measure.task_quality(model, tokenizer, task, items)
             for task, items in tasks.items()

@@ -91,8 +91,7 @@ def recall_probe(model: Model, tokenizer: Tokenizer, text: Tensor) -> Probe:
     for length, count in RECALL_PROMPTS.items():
         if length <= model.config.max_position_embeddings:
             depths = tuple((i + 0.5) / count for i in range(count))
-            prompts = passkey_prompts(tokenizer, text, length, depths, 1, seed=1)
-            groups[length] = [prompt for _, prompt in prompts]
+            groups[length] = passkey_prompts(tokenizer, text, length, depths, 1, seed=1)
     batches = [pad_prompts(group).to(model.device) for group in groups.values()]
 
     def log_likelihoods(hiddens: list[Tensor]) -> list[list[float]]:

@@ -422,7 +422,7 @@ def trial(teacher: Model, tokenizer, train: Tensor, valid: Tensor, tokens: int, 
     rate = heal(teacher, student, train[used:], steps, o)
 
     figures |= judge(teacher, student, valid)
-    figures["recall"] = passkey_recall(student, tokenizer, valid, (512, 2048), 2)["recall"]
+    figures["recall"] = passkey_recall(student, tokenizer, valid, (512, 2048), 2)
     return figures | {"tokens_per_second": rate, "seconds": time.monotonic() - started}
 
 
