@@ -1,12 +1,11 @@
 """Speed: what a conversion bought, measured.
 
-    python bench.py decode   --model DIR --plan PLAN --batch 16 --lengths 256,1024,4096,8192
-    python bench.py serve    --model DIR --plan PLAN --concurrency 50,100,200
-    python bench.py roofline --shape llama3.1-8b --plan uniform:L --hardware a10,h100
+    python bench.py decode --model DIR --plan PLAN --batch 16 --lengths 256,1024,4096,8192
+    python bench.py serve  --model DIR --plan PLAN --concurrency 50,100,200
 
 Dense and converted run in turn, through the same engine and the same compilation, and each figure
 stands beside the floor that roofline.py counts. The last line that a command prints is one JSON
-document.
+document. What hardware that is not here could gain is predicted by results/predict.py.
 """
 
 import argparse
@@ -36,14 +35,12 @@ from machine import (
 from measure import quantile
 from model import Model, cache_bytes, convert, load_model, weight_bytes
 from roofline import (
-    HARDWARE,
     SHAPES,
     Hardware,
     build_shape,
     fitting_slots,
     floor_seconds,
     measure_hardware,
-    predict,
     serving_floor,
     step_costs,
 )
@@ -203,40 +200,17 @@ def serve_command(args) -> list[dict]:
     return report
 
 
-def roofline_command(args) -> dict[str, list[dict]]:
-    """What a plan can gain, before anything is run, on each hardware."""
-    models, this = load_pair(args)
-    report = {}
-    for name in args.hardware:
-        hardware = HARDWARE.get(name, this)
-        memory = min(args.memory or math.inf, hardware.memory)
-        print(
-            f"\n{name}: {hardware.bandwidth / 1e9:,.0f} GB/s, {hardware.rate / 1e12:,.2f} Tflop/s, "
-            f"{memory / 1e9:,.0f} GB"
-        )
-        gains = []
-        for clients, context in itertools.product(args.concurrency, args.lengths):
-            gains += predict(models, clients, context, memory, hardware)
-        add_gains(gains, "decode")
-        add_gains(gains, "served", "served_gain")
-        print_figures(gains)
-        report[name] = gains
-    print("decode, served: tokens/s; served: requests of half prompt, half output")
-    return report
-
-
 def load_pair(args) -> tuple[dict[str, Model], Hardware]:
     """{"dense": the model, "converted": its weights under --plan}, and this machine. The tails are
     untrained, which no time shows. Raises InputError for flags that do not fit together."""
     require(bool(args.shape) != bool(args.model), "--model, --shape: give one of the two")
     device = pick_device(args.device)
-    on_paper = args.command == "roofline"  # needs sizes alone
-    dtype_name = args.dtype or ("bfloat16" if on_paper else pick_dtype(device))
+    dtype_name = args.dtype or pick_dtype(device)
     dtype = getattr(torch, dtype_name)
 
     torch.manual_seed(0)
     if args.shape:
-        dense = build_shape(args.shape, dtype, "meta" if on_paper else device)
+        dense = build_shape(args.shape, dtype, device)
     else:
         dense = load_model(args.model, dtype=dtype, device=device)
     require(
@@ -322,27 +296,17 @@ def memory_size(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 24GiB or 24GB")
 
 
-def hardware_names(text: str) -> list[str]:
-    for name in text.split(","):
-        if name not in HARDWARE and name != "this":
-            known = ", ".join(HARDWARE)
-            raise argparse.ArgumentTypeError(f"{name!r} is not known; give some of {known}, this")
-    return text.split(",")
-
-
 COMMANDS = {  # what runs: its own flags
-    decode_command: ("batch", "lengths"),
-    serve_command: ("concurrency", "prompt", "output", "memory"),
-    roofline_command: ("hardware", "lengths", "concurrency", "memory"),
-}
-FLAGS = {
-    "batch": (at_least(1), 16, "sequences of a step"),
-    "lengths": (counts, "256,1024,4096,8192", "tokens that each sequence holds"),
-    "concurrency": (counts, "50,100,200", "clients"),
-    "prompt": (at_least(1), 256, "its tokens, on average"),
-    "output": (at_least(1), 256, "new tokens, on average"),
-    "memory": (memory_size, None, "limit of weights and caches, as 24GiB [none]"),
-    "hardware": (hardware_names, "a10,h100,this", "to predict for"),
+    decode_command: {
+        "batch": (at_least(1), 16, "sequences of a step"),
+        "lengths": (counts, "256,1024,4096,8192", "tokens that each sequence holds"),
+    },
+    serve_command: {
+        "concurrency": (counts, "50,100,200", "clients"),
+        "prompt": (at_least(1), 256, "its tokens, on average"),
+        "output": (at_least(1), 256, "new tokens, on average"),
+        "memory": (memory_size, None, "limit of weights and caches, as 24GiB [none]"),
+    },
 }
 COMMON_FLAGS = {
     "model": {
@@ -365,8 +329,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     for run, flags in COMMANDS.items():
         command = commands.add_parser(run.__name__.removesuffix("_command"), help=run.__doc__)
         command.set_defaults(run=run)
-        own = {"measurement": {name: FLAGS[name] for name in flags}}
-        add_flags(command, own | COMMON_FLAGS)
+        add_flags(command, {"measurement": flags} | COMMON_FLAGS)
     return parser.parse_args(argv)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from config import read_config
-from hub import InputError
+from hub import require
 from kernels import feature_size
 from model import Model, cache_bytes, rotary_frequencies, weight_bytes
 
@@ -137,11 +137,11 @@ def fitting_slots(model: Model, tokens: int, memory: float, clients: int) -> int
     weights = weight_bytes(model)
     cache = max(1, cache_bytes(model, tokens))  # without attention there is none
     slots = int(min(clients, (memory - weights) / cache))
-    if slots < 1:
-        raise InputError(
-            f"--memory, --hardware: {memory / 2**30:.1f} GiB hold the weights "
-            f"({weights / 2**30:.1f} GiB) and no sequence of {tokens} tokens; give more"
-        )
+    require(
+        slots >= 1,
+        f"--memory, --hardware: {memory / 2**30:.1f} GiB hold the weights "
+        f"({weights / 2**30:.1f} GiB) and no sequence of {tokens} tokens; give more",
+    )
     return slots
 
 
@@ -176,20 +176,3 @@ def build_shape(name: str, dtype: torch.dtype, device: str) -> Model:
     model.load_state_dict(weights, assign=True)
     model.frequencies = rotary_frequencies(config).to(device)
     return model.requires_grad_(False)
-
-
-# --- predictions -------------------------------------------------------------------------------
-
-
-def predict(models, clients: int, context: int, memory: float, hardware: Hardware) -> list[dict]:
-    """Tokens/s at the floor: of steps at the full context, and of requests whose context is half
-    prompt and half output."""
-    half = max(1, context // 2)
-    rows = []
-    for name, model in models.items():
-        slots = fitting_slots(model, context, memory, clients)
-        decode = slots / floor_seconds(step_costs(model, slots, context), hardware)
-        served = serving_floor(model, half, half, slots, hardware)
-        figures = {"clients": clients, "context": context, "model": name, "slots": slots}
-        rows.append(figures | {"decode": decode, "served": served})
-    return rows

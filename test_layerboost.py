@@ -49,6 +49,7 @@ from golden.make_golden import CONFIGS, NASTY, SMALL, golden_ids
 from hub import InputError, read_documents
 from kernels import Past, feature_map, naive_window_linear_attention
 from model import convert, load_model, load_tokenizer, rotary_frequencies, save_model
+from results import predict
 from results.ranks import spearman
 from tokenizer import pack_sequences
 
@@ -1374,14 +1375,13 @@ def test_lengths_of_requests_spread_around_their_means(llama):
     assert [(min(x), max(x)) for x in zip(*lengths)] == [(30, 50), (15, 25)]
 
 
-def test_the_roofline_of_a_known_shape(capsys, known_hardware):
-    shape = "roofline --shape smollm2-135m --hardware a10"
-    a10 = last_report(bench, f"{shape} --lengths 8192 --concurrency 200", capsys)["a10"]
+def test_predictions_for_a_known_shape(capsys):
+    predict.main("smollm2-135m --hardware a10 --lengths 8192 --concurrency 200".split())
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])["report"]
+    dense, converted = report["a10"]
+    assert dense["slots"] < converted["slots"] == 200 and converted["gain"] > 2.5
     costs = roofline.step_costs(roofline.build_shape("smollm2-135m", torch.bfloat16, "meta"), 1, 1)
     assert costs["weights"][0] + costs["head"][0] == pytest.approx(2 * 134.5e6, rel=0.01)
-    dense, converted = a10
-    assert dense["slots"] < converted["slots"] == 200 and converted["gain"] > 2.5
-    assert last_report(bench, f"{shape} --lengths 1 --plan uniform:X --dtype float32", capsys)
 
 
 # --- the command line ----------------------------------------------------------------------------
