@@ -12,12 +12,10 @@ A part of a step that moves b bytes and computes n operations takes at least
 """
 
 import json
-import math
-import os
 import tempfile
 import timeit
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -29,38 +27,23 @@ from model import Model, cache_bytes, rotary_frequencies, weight_bytes
 # --- hardware ----------------------------------------------------------------------------------
 
 
-@dataclass
-class Hardware:
+class Hardware(NamedTuple):
     bandwidth: float  # bytes/s from memory
-    rate: float  # bf16 operations/s; a multiplication and an addition are two
-    memory: float  # bytes
-
-
-HARDWARE = {  # NVIDIA's data sheets
-    "a10": Hardware(600e9, 125e12, 24e9),
-    "h100": Hardware(3.35e12, 989e12, 80e9),
-}
+    rate: float  # operations/s in the model's dtype; a multiplication and an addition are two
 
 
 def measure_hardware(device: str, dtype: torch.dtype) -> Hardware:
     """The rates at which this machine copies memory and multiplies matrices, x W^T as in a linear
     layer. The numbers are random: ones take less power, so a processor multiplies them faster."""
-    on_gpu = device.startswith("cuda")
     wait = torch.get_device_module(device).synchronize
     source = torch.ones(2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copying = fastest(lambda: target.copy_(source), wait)
 
-    size = 8192 if on_gpu else 2048
+    size = 8192 if device.startswith("cuda") else 2048
     x = torch.randn(size, size, device=device).to(dtype)
     multiplying = fastest(lambda: x @ x.T, wait)
-
-    memory = math.inf  # not known on Windows
-    if on_gpu:
-        memory = torch.cuda.mem_get_info()[1]
-    elif hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Hardware(2 * source.numel() / copying, 2 * size**3 / multiplying, memory)
+    return Hardware(2 * source.numel() / copying, 2 * size**3 / multiplying)
 
 
 def fastest(run, wait) -> float:

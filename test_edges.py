@@ -559,7 +559,7 @@ def test_flags_that_are_no_values_show_what_is_one(flags, message, capsys):
 def test_bad_flags_of_a_measurement_are_one_line_and_exit_code_2(
     command, message, llama, capsys, monkeypatch
 ):
-    monkeypatch.setattr(bench, "measure_hardware", lambda *_: bench.Hardware(1e10, 1e11, 1e10))
+    monkeypatch.setattr(bench, "measure_hardware", lambda *_: bench.Hardware(1e10, 1e11))
     flags = ["--model", str(llama), "--no-compile", "--dtype", "float32"]
     assert bench.main([*command.split(), *flags]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -1322,14 +1322,14 @@ def test_at_long_context_the_floor_is_the_softmax_layers(llama):
     floors = []
     for plan in ("SSS", "SLX"):
         costs = roofline.step_costs(boosted(llama, plan), 1, 10**6)
-        floors.append(roofline.floor_seconds(costs, roofline.HARDWARE["a10"]))
+        floors.append(roofline.floor_seconds(costs, predict.HARDWARE["a10"][0]))
     assert floors[1] == pytest.approx(floors[0] / 3, rel=0.05)
 
 
 @pytest.fixture
 def known_hardware(monkeypatch):
     """Instead of measuring this machine."""
-    monkeypatch.setattr(bench, "measure_hardware", lambda *_: roofline.Hardware(1e10, 1e11, 1e10))
+    monkeypatch.setattr(bench, "measure_hardware", lambda *_: roofline.Hardware(1e10, 1e11))
 
 
 def last_report(program, command: str, capsys):
