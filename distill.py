@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hub import InputError, open_safetensors, require, save_safetensors
+from hub import open_safetensors, require, save_safetensors
 from kernels import sliced_kl
 from machine import Diverged, Interrupt, gather, progress, rank_and_world, say, sum_over_processes
 from measure import kl_by_position
@@ -154,9 +154,7 @@ def heal(
     tokens. Raises Diverged when the loss is not finite, InputError when the checkpoint was made
     with other settings or is past `tokens`.
     """
-    run = Run(teacher, student, settings, checkpoint, identity)
-    run.resume()
-    run.read_targets(valid)
+    run = Run(teacher, student, valid, settings, checkpoint, identity)
     if settings.compile:
         teacher.compiled_shapes.add((settings.together, settings.context))
 
@@ -198,7 +196,7 @@ def heal(
 class Run:
     """Where a run stands: the two models, the optimizer, how many steps are done, the curve."""
 
-    def __init__(self, teacher: Model, student: Model, settings: Healing, checkpoint, identity):
+    def __init__(self, teacher, student, valid, settings, checkpoint, identity):
         self.teacher = teacher
         self.student = student
         self.settings = settings
@@ -211,12 +209,16 @@ class Run:
         self.distilled = checkpoint.with_name(f"{checkpoint.stem}-distilled.safetensors")
         everything = identity | asdict(settings) | {"average": AVERAGE, "steady": STEADY}
         self.identity = json.loads(json.dumps(everything))  # as a checkpoint gives it back
+        path = find_checkpoint([self.checkpoint, self.distilled], settings, self.identity)
+        if path:
+            self.load(path)
 
-    def resume(self) -> None:
-        """Goes on from a checkpoint, if there is one."""
-        path = find_checkpoint([self.checkpoint, self.distilled], self.settings, self.identity)
-        if path is None:
-            return
+        rank, world = rank_and_world()
+        parts = valid[rank::world].to(teacher.device).split(4)
+        with torch.no_grad():  # the teacher's hidden states [B, T, d] on this process's share
+            self.targets = [(ids, teacher.hidden(ids)) for ids in parts if len(ids)]
+
+    def load(self, path: Path) -> None:
         with open_safetensors(path, IF_DAMAGED) as file:
             self.optimizer.load(file)
             metadata = file.metadata()
@@ -226,17 +228,10 @@ class Run:
         say(f"resumed at {seen:,} of {self.settings.trained_tokens:,} tokens")
 
     def save(self, path: Path) -> None:
-        metadata = {"step": self.step, "curve": self.curve, "identity": self.identity}
-        metadata = {name: json.dumps(value) for name, value in metadata.items()}
         if rank_and_world()[0] == 0:
+            state = {"step": self.step, "curve": self.curve, "identity": self.identity}
+            metadata = {name: json.dumps(value) for name, value in state.items()}
             save_safetensors(self.optimizer.state(), path, metadata)
-
-    @torch.no_grad()
-    def read_targets(self, valid: Tensor) -> None:
-        """Keeps the teacher's hidden states [B, T, d] on this process's share of valid [N, T]."""
-        rank, world = rank_and_world()
-        parts = valid[rank::world].to(self.teacher.device).split(4)
-        self.targets = [(ids, self.teacher.hidden(ids)) for ids in parts if len(ids)]
 
     @torch.no_grad()
     def validate(self) -> None:
@@ -304,22 +299,21 @@ def find_checkpoint(paths: list[Path], settings: Healing, identity: dict) -> Pat
             made_with = json.loads(file.metadata()["identity"])
 
         for key, value in identity.items():
-            if key != "tokens" and made_with.get(key) != value:
-                raise InputError(
-                    f"{path}: was made with {key} = {made_with.get(key)}, not {value}; repeat that "
-                    "command to go on, or give another --out, or delete the file"
-                )
-
+            require(
+                key == "tokens" or made_with.get(key) == value,
+                f"{path}: was made with {key} = {made_with.get(key)}, not {value}; repeat that "
+                "command to go on, or give another --out, or delete the file",
+            )
         made = replace(settings, tokens=made_with["tokens"])
         if made.tokens == settings.tokens or step <= min(made.short_steps, settings.short_steps):
             return path
         done = max(done, made.tokens_after(step))
 
-    if done:
-        raise InputError(
-            f"--tokens {settings.tokens}: the run in {paths[0].parent} is at {done:,} tokens; "
-            "give more, or another --out"
-        )
+    require(
+        not done,
+        f"--tokens {settings.tokens}: the run in {paths[0].parent} is at {done:,} tokens; "
+        "give more, or another --out",
+    )
     return None
 
 

@@ -19,7 +19,6 @@ import codecs
 import os
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -227,9 +226,8 @@ def read_text(args, tokenizer: Tokenizer, model: Model, settings: Healing) -> tu
         (train, f"--data {args.data}", settings.long_context),
         (valid, where, longest),
     ):
-        require(
-            ids.numel() >= least, f"{source}: too little text; {least} tokens are needed at least"
-        )
+        enough = ids.numel() >= least
+        require(enough, f"{source}: too little text; {least} tokens are needed at least")
     return train, valid
 
 
@@ -406,7 +404,7 @@ FLAGS = {
 }
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage="python layerboost.py [--model MODEL] [options]",
         description="Makes a pretrained Llama-style model cheaper to serve: scan, plan, convert, "
@@ -433,7 +431,7 @@ def run(args) -> None:
         generate_text(model, tokenizer, args)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv=None) -> int:
     args = parse_arguments(argv)
     cpu.enabled = args.compile is not False
     go_on = f"; run the same command again to go on from what is in {args.out}"
