@@ -35,9 +35,7 @@ from machine import (
 from measure import quantile
 from model import Model, cache_bytes, convert, load_model, weight_bytes
 from roofline import (
-    SHAPES,
     Hardware,
-    build_shape,
     fitting_slots,
     floor_seconds,
     measure_hardware,
@@ -203,16 +201,12 @@ def serve_command(args) -> list[dict]:
 def load_pair(args) -> tuple[dict[str, Model], Hardware]:
     """{"dense": the model, "converted": its weights under --plan}, and this machine. The tails are
     untrained, which no time shows. Raises InputError for flags that do not fit together."""
-    require(bool(args.shape) != bool(args.model), "--model, --shape: give one of the two")
+    require(args.model, "--model: give a folder or Hub id")
     device = pick_device(args.device)
     dtype_name = args.dtype or pick_dtype(device)
     dtype = getattr(torch, dtype_name)
 
-    torch.manual_seed(0)
-    if args.shape:
-        dense = build_shape(args.shape, dtype, device)
-    else:
-        dense = load_model(args.model, dtype=dtype, device=device)
+    dense = load_model(args.model, dtype=dtype, device=device)
     require(
         set(dense.plan) == {"S"},
         f"--model {args.model}: is converted already; give the original and --plan {dense.plan}",
@@ -224,7 +218,7 @@ def load_pair(args) -> tuple[dict[str, Model], Hardware]:
 
     this = measure_hardware(device, dtype)
     print(
-        f"{args.shape or args.model}, {dtype_name} on {device}, {torch.get_num_threads()} threads; "
+        f"{args.model}, {dtype_name} on {device}, {torch.get_num_threads()} threads; "
         f"copies at {this.bandwidth / 1e9:,.1f} GB/s, multiplies matrices at "
         f"{this.rate / 1e12:,.3f} Tflop/s\nconverted: {plan}",
         flush=True,
@@ -311,7 +305,6 @@ COMMANDS = {  # what runs: its own flags
 COMMON_FLAGS = {
     "model": {
         "model": (str, None, "a folder or Hub id"),
-        "shape": (tuple(SHAPES), None, "instead of --model: its sizes, random weights"),
         "plan": (str, None, "letters, or uniform:L [4/15 of the layers S, 4/15 X, the others L]"),
         "window": (int, 64, "of L layers, in tokens"),
         "sinks": (int, 4, "of L layers, in tokens"),

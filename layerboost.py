@@ -51,7 +51,6 @@ TEXT_TOKENS = 10_000_000  # read to heal on, whatever the budget: a run can go o
 VALIDATION_SEQUENCES = 8  # of the evaluation's, watched while healing
 
 TINY = Path(os.path.relpath(Path(__file__).resolve().parent / "tiny"))
-DEFAULTS = {"data": C4, "tokens": 10_000_000, "drop": 0, "sequences": 32}
 TINY_DEFAULTS = {  # what stands for flags that are not given, without --model
     "model": str(TINY),
     "data": str(TINY / "train.jsonl.gz"),
@@ -359,15 +358,15 @@ FLAGS = {
         "out": (str, None, "folder for the model, scan.json and report.json [out/<model name>]"),
     },
     "text": {
-        "data": (str, None, f"to heal on: {report.TEXT_KINDS} [one shard of C4]"),
+        "data": (str, C4, f"to heal on: {report.TEXT_KINDS}"),
         "valid": (str, None, "to evaluate on [the last documents of --data, held out]"),
-        "sequences": (at_least(1), None, "of 1,024 tokens, to evaluate on [32]"),
+        "sequences": (at_least(1), 32, "of 1,024 tokens, to evaluate on"),
         "passkeys": (at_least(1), 20, "hidden numbers to repeat, at each length"),
         "tasks": (list, [], "question files to evaluate on [none]"),
     },
     "scan and plan": {
         "keep": (at_least(0), None, "layers that keep softmax attention [a third]"),
-        "drop": (at_least(0), None, "layers whose attention is removed, at a cost in quality [0]"),
+        "drop": (at_least(0), 0, "layers whose attention is removed, at a cost in quality"),
         "planner": (tuple(scan.PLANNERS), "tier", "tier: least damage; paper: bands by X"),
         "plan": (str, None, "this one: S, L or X for each layer, or uniform:L [scan and plan]"),
         "measure": (measure_names, "kl+recall", "damage: kl, recall, task or a sum"),
@@ -377,7 +376,7 @@ FLAGS = {
         "feature-map": (str, "hedgehog", f"of its tail: {', '.join(FEATURE_MAPS)}"),
     },
     "healing": {
-        "tokens": (token_count, None, "to heal on, as 200k or 10M [10M]"),
+        "tokens": (token_count, "10M", "to heal on, as 200k or 10M"),
         "rank": (at_least(1), 16, "of the adapters"),
         "lr": (at_least(1e-9, float), 1e-3, "highest learning rate"),
         "context": (at_least(2), 512, "tokens of a training sequence"),
@@ -412,9 +411,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     add_flags(parser, FLAGS)
     args = parser.parse_args(argv)
-    for name, value in (TINY_DEFAULTS if args.model is None else DEFAULTS).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    if args.model is None:
+        parser.set_defaults(**TINY_DEFAULTS)
+        args = parser.parse_args(argv)
     args.out = args.out or f"out/{Path(args.model).resolve().name}"
     return args
 

@@ -11,18 +11,14 @@ A part of a step that moves b bytes and computes n operations takes at least
     max(b / bandwidth, n / rate)    seconds (the roofline model, CACM 52(4), 2009)
 """
 
-import json
-import tempfile
 import timeit
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from config import read_config
 from hub import require
 from kernels import feature_size
-from model import Model, cache_bytes, rotary_frequencies, weight_bytes
+from model import Model, cache_bytes, weight_bytes
 
 # --- hardware ----------------------------------------------------------------------------------
 
@@ -126,36 +122,3 @@ def fitting_slots(model: Model, tokens: int, memory: float, clients: int) -> int
         f"({weights / 2**30:.1f} GiB) and no sequence of {tokens} tokens; give more",
     )
     return slots
-
-
-# --- known architectures -----------------------------------------------------------------------
-
-SHAPE_FIELDS = (
-    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-    "head_dim vocab_size tie_word_embeddings"
-).split()
-SHAPES = {
-    "smollm2-135m": (576, 1536, 30, 9, 3, 64, 49152, True),
-    "llama3.2-1b": (2048, 8192, 16, 32, 8, 64, 128256, True),
-    "llama3.2-3b": (3072, 8192, 28, 24, 8, 128, 128256, True),
-    "llama3.1-8b": (4096, 14336, 32, 32, 8, 128, 128256, False),
-    "qwen2.5-7b": (3584, 18944, 28, 28, 4, 128, 152064, False),
-}
-
-
-def build_shape(name: str, dtype: torch.dtype, device: str) -> Model:
-    """A known architecture with random weights, as fast as the real one."""
-    raw = dict(zip(SHAPE_FIELDS, SHAPES[name], strict=True))
-    raw |= {"model_type": "qwen2" if "qwen" in name else "llama", "rms_norm_eps": 1e-5}
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(raw))
-        config = read_config(Path(folder))
-    with torch.device("meta"):
-        model = Model(config)
-
-    weights = {}
-    for key, parameter in model.named_parameters():
-        weights[key] = torch.empty_like(parameter, dtype=dtype, device=device).normal_(std=0.02)
-    model.load_state_dict(weights, assign=True)
-    model.frequencies = rotary_frequencies(config).to(device)
-    return model.requires_grad_(False)

@@ -38,6 +38,7 @@ import layerboost
 import machine
 import measure
 import model as model_module
+import predict
 import report as report_module
 import roofline
 import scan as scan_module
@@ -49,8 +50,7 @@ from golden.make_golden import CONFIGS, NASTY, SMALL, golden_ids
 from hub import InputError, read_documents
 from kernels import Past, feature_map, naive_window_linear_attention
 from model import convert, load_model, load_tokenizer, rotary_frequencies, save_model
-from results import predict
-from results.ranks import spearman
+from ranks import spearman
 from tokenizer import pack_sequences
 
 near = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
@@ -1380,7 +1380,7 @@ def test_predictions_for_a_known_shape(capsys):
     report = json.loads(capsys.readouterr().out.splitlines()[-1])["report"]
     dense, converted = report["a10"]
     assert dense["slots"] < converted["slots"] == 200 and converted["gain"] > 2.5
-    costs = roofline.step_costs(roofline.build_shape("smollm2-135m", torch.bfloat16, "meta"), 1, 1)
+    costs = roofline.step_costs(predict.build_shape("smollm2-135m", torch.bfloat16, "meta"), 1, 1)
     assert costs["weights"][0] + costs["head"][0] == pytest.approx(2 * 134.5e6, rel=0.01)
 
 

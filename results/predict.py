@@ -21,15 +21,8 @@ from config import parse_plan
 from hub import require
 from machine import run_program
 from model import Model, convert, load_model
-from roofline import (
-    SHAPES,
-    Hardware,
-    build_shape,
-    fitting_slots,
-    floor_seconds,
-    serving_floor,
-    step_costs,
-)
+from roofline import Hardware, fitting_slots, floor_seconds, serving_floor, step_costs
+from shapes import SHAPES, build_shape
 
 HARDWARE = {  # NVIDIA's data sheets: bytes/s, bf16 operations/s, and the bytes of its memory
     "a10": (Hardware(600e9, 125e12), 24e9),
