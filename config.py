@@ -162,11 +162,8 @@ def parse_plan(text: str, layers: int) -> str:
 
 def check_settings(config: Config) -> None:
     parse_plan(config.plan, config.num_hidden_layers)
-    maps = ", ".join(FEATURE_MAPS)
-    require(
-        config.feature_map in FEATURE_MAPS,
-        f"--feature-map {config.feature_map!r}: use one of {maps}",
-    )
+    name, known = config.feature_map, ", ".join(FEATURE_MAPS)
+    require(name in FEATURE_MAPS, f"--feature-map {name!r}: use one of {known}")
     require(
         config.window >= 0 and config.sinks >= 0,
         "--window and --sinks: give numbers of tokens, 0 or more",

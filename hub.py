@@ -30,8 +30,7 @@ TOKENIZER_FILES = (
 
 
 class InputError(ValueError):
-    """Something the user can mend: the message is one line that names the file or flag and the
-    fix."""
+    """Something the user can mend: the message, one line, names the file or flag and the fix."""
 
 
 def require(condition, message: str) -> None:
@@ -66,8 +65,7 @@ def find_model(path_or_hub_id: str, revision: str | None = None) -> Path:
 
 
 def download(function, what: str, **arguments) -> str:
-    """Calls a download function of huggingface_hub; each of its errors becomes one line about
-    `what`."""
+    """Calls a function of huggingface_hub; each of its errors becomes one line about `what`."""
     try:
         return function(**arguments)
     except hub_errors.GatedRepoError:

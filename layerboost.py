@@ -231,8 +231,7 @@ def read_text(args, tokenizer: Tokenizer, model: Model, settings: Healing) -> tu
 
 
 def hold_out(documents: list[str], characters: int) -> tuple[list[str], list[str]]:
-    """Splits off the last documents, about so many characters of them, at most a tenth of them
-    all."""
+    """Splits off the last documents, about so many characters, at most a tenth of them all."""
     held_out: list[str] = []
     most = 0.1 * len(documents)
     while len(documents) > 1 and sum(map(len, held_out)) < characters and len(held_out) < most:

@@ -232,8 +232,7 @@ def passkey_recall(
 
 
 def read_tasks(paths: list[str]) -> dict[str, list[dict]]:
-    """{name: items} of question files. Raises InputError for two of one name, and where `read_task`
-    does."""
+    """{name: items} of question files. Raises InputError for two of one name."""
     tasks = {Path(path).stem: read_task(path) for path in paths}
     require(
         len(tasks) == len(paths),

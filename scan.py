@@ -134,8 +134,7 @@ def make_probes(
     text: Tensor,
     tasks: list[str],
 ) -> list[Probe]:
-    """calibration [N, T] and text, of any shape, are ids; the task measure takes the first of
-    `tasks`."""
+    """calibration [N, T] and text, of any shape, are ids; `task` takes the first of `tasks`."""
     probes = []
     if "kl" in measures:
         probes.append(kl_probe(model, calibration))
@@ -260,8 +259,7 @@ def costs_of(layers: list[dict], measures: list[str]) -> list[dict[str, float]]:
 
 
 def plan_paper(costs: list[dict], keep: int, drop: int) -> str:
-    """Three bands by the X column: the `keep` most sensitive layers stay S, the `drop` least become
-    X."""
+    """Three bands by the X column: the `keep` most sensitive stay S, the `drop` least become X."""
     order = sorted(range(len(costs)), key=lambda i: costs[i]["X"])
     plan = ["L"] * len(costs)
     for i in order[len(order) - keep :]:
