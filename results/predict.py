@@ -10,6 +10,7 @@ output. As many sequences as clients, or as fit into the memory. The last line i
 import argparse
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -21,7 +22,14 @@ from config import parse_plan
 from hub import require
 from machine import run_program
 from model import Model, convert, load_model
-from roofline import Hardware, fitting_slots, floor_seconds, serving_floor, step_costs
+from roofline import (
+    Hardware,
+    fitting_slots,
+    floor_seconds,
+    measure_hardware,
+    serving_floor,
+    step_costs,
+)
 from shapes import SHAPES, build_shape
 
 HARDWARE = {  # NVIDIA's data sheets: bytes/s, bf16 operations/s, and the bytes of its memory
@@ -61,7 +69,7 @@ def main(argv=None) -> None:
     add("--plan", default="uniform:L", help="[%(default)s]")
     add("--window", type=int, default=64, help="[%(default)s]")
     add("--sinks", type=int, default=4, help="[%(default)s]")
-    add("--hardware", default="a10,h100", help="some of a10, h100 [%(default)s]")
+    add("--hardware", default="a10,h100", help="some of a10, h100, this (its CPU) [%(default)s]")
     add("--lengths", type=counts, default="512,2048,8192", help="[%(default)s]")
     add("--concurrency", type=counts, default="50,100,200", help="clients [%(default)s]")
     args = parser.parse_args(argv)
@@ -76,8 +84,13 @@ def main(argv=None) -> None:
 
     report = {}
     for name in args.hardware.split(","):
-        require(name in HARDWARE, f"--hardware {name}: give some of {', '.join(HARDWARE)}")
-        hardware, memory = HARDWARE[name]
+        if name == "this":
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            hardware = measure_hardware("cpu", dtype)
+        else:
+            known = ", ".join(HARDWARE)
+            require(name in HARDWARE, f"--hardware {name}: give some of {known}, this")
+            hardware, memory = HARDWARE[name]
         print(
             f"\n{name}: {hardware.bandwidth / 1e9:,.0f} GB/s, {hardware.rate / 1e12:,.0f} Tflop/s, "
             f"{memory / 1e9:,.0f} GB"
