@@ -92,7 +92,7 @@ def main(argv=None) -> None:
             require(name in HARDWARE, f"--hardware {name}: give some of {known}, this")
             hardware, memory = HARDWARE[name]
         print(
-            f"\n{name}: {hardware.bandwidth / 1e9:,.0f} GB/s, {hardware.rate / 1e12:,.0f} Tflop/s, "
+            f"\n{name}: {hardware.bandwidth / 1e9:,.0f} GB/s, {hardware.rate / 1e12:,.2f} Tflop/s, "
             f"{memory / 1e9:,.0f} GB"
         )
         report[name] = predict_pair(models, args, hardware, memory)
