@@ -9,7 +9,7 @@ sliding-window linear attention, X none. A converted folder has it in config.jso
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hub import InputError, read_json
+from hub import InputError, read_json, require
 from kernels import FEATURE_MAPS
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -40,9 +40,7 @@ class Config:
     mlp_bias: bool
     qk_norm: bool
     tie_word_embeddings: bool
-    sliding_windows: tuple[
-        int | None, ...
-    ]  # per layer: how far softmax attention sees, None for all
+    sliding_windows: tuple  # per layer: how far softmax attention sees, None for all
     eos_token_ids: tuple[int, ...]
     plan: str  # one letter per layer: S softmax, L sliding-window linear, X removed
     window: int = 64
@@ -95,18 +93,17 @@ def read_config(folder: Path) -> Config:
 
 
 def check_supported(path: Path, raw: dict, family: str | None) -> None:
-    if family not in FAMILIES:
-        raise InputError(
-            f"{path}: model_type {family!r} is not supported; use {', '.join(FAMILIES)}"
-        )
-    if raw.get("hidden_act", "silu") != "silu":
-        raise InputError(
-            f"{path}: hidden_act {raw['hidden_act']!r} is not supported; these families use silu"
-        )
-    if "quantization_config" in raw:
-        raise InputError(
-            f"{path}: quantised weights are not supported; use the float checkpoint of this model"
-        )
+    families = ", ".join(FAMILIES)
+    require(family in FAMILIES, f"{path}: model_type {family!r} is not supported; use {families}")
+    activation = raw.get("hidden_act", "silu")
+    require(
+        activation == "silu",
+        f"{path}: hidden_act {activation!r} is not supported; these families use silu",
+    )
+    require(
+        "quantization_config" not in raw,
+        f"{path}: quantised weights are not supported; use the float checkpoint of this model",
+    )
 
 
 def read_rope(raw: dict, path: Path) -> dict:
@@ -115,15 +112,12 @@ def read_rope(raw: dict, path: Path) -> dict:
     rope |= raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type", "default")
     rope["rope_type"] = kind
-    if kind not in ROPE_FIELDS:
-        raise InputError(
-            f"{path}: rope type {kind!r} is not supported; use {', '.join(ROPE_FIELDS)}"
-        )
-    if raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise InputError(f"{path}: partial_rotary_factor is not supported")
+    kinds = ", ".join(ROPE_FIELDS)
+    require(kind in ROPE_FIELDS, f"{path}: rope type {kind!r} is not supported; use {kinds}")
+    partial = raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
+    require(partial == 1.0, f"{path}: partial_rotary_factor is not supported")
     for name in ROPE_FIELDS[kind]:
-        if name not in rope:
-            raise InputError(f"{path}: rope type {kind!r} needs {name!r}")
+        require(name in rope, f"{path}: rope type {kind!r} needs {name!r}")
     return rope
 
 
@@ -158,24 +152,24 @@ def parse_plan(text: str, layers: int) -> str:
     plan = text
     if text.startswith("uniform:"):
         plan = text.removeprefix("uniform:") * layers
-    if len(plan) != layers or set(plan) - set("SLX"):
-        raise InputError(
-            f"--plan {text!r}: give {layers} letters out of S (softmax), L (sliding-window linear) "
-            "and X (removed), or uniform:S, uniform:L, uniform:X"
-        )
+    require(
+        len(plan) == layers and set(plan) <= set("SLX"),
+        f"--plan {text!r}: give {layers} letters out of S (softmax), L (sliding-window linear) "
+        "and X (removed), or uniform:S, uniform:L, uniform:X",
+    )
     return plan
 
 
 def check_settings(config: Config) -> None:
     parse_plan(config.plan, config.num_hidden_layers)
-    if config.feature_map not in FEATURE_MAPS:
-        raise InputError(
-            f"--feature-map {config.feature_map!r}: use one of {', '.join(FEATURE_MAPS)}"
-        )
-    if config.window < 0 or config.sinks < 0:
-        raise InputError("--window and --sinks: give numbers of tokens, 0 or more")
-    if config.feature_map == "none" and config.window == 0:
-        raise InputError(
-            "--feature-map none --window 0: an L layer would see nothing; "
-            "give it a window or a feature map"
-        )
+    name, known = config.feature_map, ", ".join(FEATURE_MAPS)
+    require(name in FEATURE_MAPS, f"--feature-map {name!r}: use one of {known}")
+    require(
+        config.window >= 0 and config.sinks >= 0,
+        "--window and --sinks: give numbers of tokens, 0 or more",
+    )
+    require(
+        config.feature_map != "none" or config.window > 0,
+        "--feature-map none --window 0: an L layer would see nothing; "
+        "give it a window or a feature map",
+    )

@@ -24,7 +24,6 @@ takes its share of each step's sequences, and the gradients are summed (data par
 
 import json
 import math
-import signal
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,9 +31,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hub import InputError, open_safetensors, save_safetensors
+from hub import open_safetensors, require, save_safetensors
 from kernels import sliced_kl
-from machine import gather, progress, rank_and_world, say, sum_over_processes
+from machine import Diverged, Interrupt, gather, progress, rank_and_world, say, sum_over_processes
 from measure import kl_by_position
 from model import Model
 
@@ -42,10 +41,6 @@ AVERAGE = 3  # step t of a stage counts as t^AVERAGE in the average of its weigh
 STEADY = 600  # steps of a stage at its full learning rate
 CHECKPOINT_SECONDS = 180  # between two checkpoints
 IF_DAMAGED = "delete it to start anew"
-
-
-class Diverged(RuntimeError):
-    """The loss became infinite or not a number."""
 
 
 @dataclass
@@ -56,28 +51,30 @@ class Healing:
     transfer_steps: int = 10  # of stage 1
     warm_up: int = 20  # steps in which the learning rate of stage 2 rises
     long_share: float = 0.1  # of the tokens, for stage 3
-    rank: int = 16  # of the adapters; ignored by `full`
-    full: bool = False  # train every weight instead
+    rank: int = 16  # of the adapters
     lr: float = 1e-3  # of stage 2
     tail_lr: float = 1e-2  # of stages 1 and 3, where the tails learn alone
     context: int = 512  # tokens of a sequence in stages 1 and 2
     long_context: int = 4096  # the same in stage 3
     batch: int = 1  # sequences of a step, over all processes
-    micro_batch: int | None = None  # sequences that go through the model together, if fewer
     compile: bool = False  # run the KL, and the blocks of stages 1 and 2, through torch.compile
     seed: int = 0
 
     def __post_init__(self):
         world = rank_and_world()[1]
-        if self.batch % world:
-            raise InputError(f"--batch {self.batch}: give a multiple of the {world} processes")
+        require(
+            self.batch % world == 0,
+            f"--batch {self.batch}: give a multiple of the {world} processes",
+        )
 
         short = self.batch * self.context  # tokens of a step
         long = self.batch * self.long_context
         long_steps = round(self.long_share * self.tokens / long)
         self.short_steps = (self.tokens - long_steps * long) // short
-        if self.short_steps < 1:
-            raise InputError(f"--tokens {self.tokens}: a step is {short:,}; give at least as many")
+        require(
+            self.short_steps > 0,
+            f"--tokens {self.tokens}: a step is {short:,}; give at least as many",
+        )
 
         self.transfer_steps = min(self.transfer_steps, self.short_steps // 3)
         self.warm_up = min(self.warm_up, self.short_steps // 3)
@@ -85,7 +82,7 @@ class Healing:
         self.stage_ends = (self.transfer_steps, self.short_steps, self.steps)
         self.trained_tokens = self.tokens_after(self.steps)
         self.longest = self.long_context if long_steps else self.context
-        self.together = min(self.batch // world, self.micro_batch or self.batch)
+        self.together = self.batch // world
 
     def tokens_after(self, step: int) -> int:
         """Tokens that the first `step` steps train on."""
@@ -157,9 +154,7 @@ def heal(
     tokens. Raises Diverged when the loss is not finite, InputError when the checkpoint was made
     with other settings or is past `tokens`.
     """
-    run = Run(teacher, student, settings, checkpoint, identity)
-    run.resume()
-    run.read_targets(valid)
+    run = Run(teacher, student, valid, settings, checkpoint, identity)
     if settings.compile:
         teacher.compiled_shapes.add((settings.together, settings.context))
 
@@ -192,8 +187,7 @@ def heal(
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update(settings.tokens_after(run.step) - settings.tokens_after(run.step - 1))
 
-    if not settings.full:
-        merge_adapters(student)
+    merge_adapters(student)
     student.requires_grad_(False)
     student.config.healed_context = settings.longest
     return run.curve
@@ -202,7 +196,7 @@ def heal(
 class Run:
     """Where a run stands: the two models, the optimizer, how many steps are done, the curve."""
 
-    def __init__(self, teacher: Model, student: Model, settings: Healing, checkpoint, identity):
+    def __init__(self, teacher, student, valid, settings, checkpoint, identity):
         self.teacher = teacher
         self.student = student
         self.settings = settings
@@ -215,12 +209,16 @@ class Run:
         self.distilled = checkpoint.with_name(f"{checkpoint.stem}-distilled.safetensors")
         everything = identity | asdict(settings) | {"average": AVERAGE, "steady": STEADY}
         self.identity = json.loads(json.dumps(everything))  # as a checkpoint gives it back
+        path = find_checkpoint([self.checkpoint, self.distilled], settings, self.identity)
+        if path:
+            self.load(path)
 
-    def resume(self) -> None:
-        """Goes on from a checkpoint, if there is one."""
-        path = find_checkpoint([self.checkpoint, self.distilled], self.settings, self.identity)
-        if path is None:
-            return
+        rank, world = rank_and_world()
+        parts = valid[rank::world].to(teacher.device).split(4)
+        with torch.no_grad():  # the teacher's hidden states [B, T, d] on this process's share
+            self.targets = [(ids, teacher.hidden(ids)) for ids in parts if len(ids)]
+
+    def load(self, path: Path) -> None:
         with open_safetensors(path, IF_DAMAGED) as file:
             self.optimizer.load(file)
             metadata = file.metadata()
@@ -230,17 +228,10 @@ class Run:
         say(f"resumed at {seen:,} of {self.settings.trained_tokens:,} tokens")
 
     def save(self, path: Path) -> None:
-        metadata = {"step": self.step, "curve": self.curve, "identity": self.identity}
-        metadata = {name: json.dumps(value) for name, value in metadata.items()}
         if rank_and_world()[0] == 0:
+            state = {"step": self.step, "curve": self.curve, "identity": self.identity}
+            metadata = {name: json.dumps(value) for name, value in state.items()}
             save_safetensors(self.optimizer.state(), path, metadata)
-
-    @torch.no_grad()
-    def read_targets(self, valid: Tensor) -> None:
-        """Keeps the teacher's hidden states [B, T, d] on this process's share of valid [N, T]."""
-        rank, world = rank_and_world()
-        parts = valid[rank::world].to(self.teacher.device).split(4)
-        self.targets = [(ids, self.teacher.hidden(ids)) for ids in parts if len(ids)]
 
     @torch.no_grad()
     def validate(self) -> None:
@@ -276,13 +267,11 @@ class Run:
 
         rank, world = rank_and_world()
         ids = settings.read(self.step, train)[rank::world].to(self.teacher.device)
-        total = torch.zeros((), device=ids.device)
-        for part in ids.split(settings.together):
-            weight = len(part) / settings.batch
-            if transfer:
-                total += attention_transfer(self.teacher, self.student, part, weight)
-            else:
-                total += distillation(self.teacher, self.student, part, weight, settings.compile)
+        share = len(ids) / settings.batch
+        if transfer:
+            total = attention_transfer(self.teacher, self.student, ids, share)
+        else:
+            total = distillation(self.teacher, self.student, ids, share, settings.compile)
 
         gradients = [x.grad for x in trained.values() if x.grad is not None]
         sum_over_processes([total, *gradients])
@@ -310,22 +299,21 @@ def find_checkpoint(paths: list[Path], settings: Healing, identity: dict) -> Pat
             made_with = json.loads(file.metadata()["identity"])
 
         for key, value in identity.items():
-            if key != "tokens" and made_with.get(key) != value:
-                raise InputError(
-                    f"{path}: was made with {key} = {made_with.get(key)}, not {value}; repeat that "
-                    "command to go on, or give another --out, or delete the file"
-                )
-
+            require(
+                key == "tokens" or made_with.get(key) == value,
+                f"{path}: was made with {key} = {made_with.get(key)}, not {value}; repeat that "
+                "command to go on, or give another --out, or delete the file",
+            )
         made = replace(settings, tokens=made_with["tokens"])
         if made.tokens == settings.tokens or step <= min(made.short_steps, settings.short_steps):
             return path
         done = max(done, made.tokens_after(step))
 
-    if done:
-        raise InputError(
-            f"--tokens {settings.tokens}: the run in {paths[0].parent} is at {done:,} tokens; "
-            "give more, or another --out"
-        )
+    require(
+        not done,
+        f"--tokens {settings.tokens}: the run in {paths[0].parent} is at {done:,} tokens; "
+        "give more, or another --out",
+    )
     return None
 
 
@@ -369,23 +357,15 @@ def distillation(teacher: Model, student: Model, ids: Tensor, weight=1.0, compil
 
 
 def prepare(student: Model, settings: Healing) -> dict[str, nn.Parameter]:
-    """Gives the student its adapters, or with `full` weights of its own (the teacher keeps the
-    original tensors). Returns what learns, by name: the tails, and the adapters or the weights."""
-    if settings.full:
-        for module in student.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(parameter.detach().clone()))
-    else:
-        add_adapters(student, settings.rank, settings.seed)
+    """Gives the student its adapters. Returns what learns, by name: they and the tails."""
+    add_adapters(student, settings.rank, settings.seed)
     student.requires_grad_(False)
-
     tails = tail_names(student)
-    trained = {}
-    for name, parameter in student.named_parameters():
-        is_weight = settings.full and not name.endswith("_map")  # Performer's maps are fixed
-        if name in tails or name.endswith((".A", ".B")) or is_weight:
-            trained[name] = parameter
-    return trained
+    return {
+        name: parameter
+        for name, parameter in student.named_parameters()
+        if name in tails or name.endswith((".A", ".B"))
+    }
 
 
 def tail_names(student: Model) -> set[str]:
@@ -442,8 +422,8 @@ def replace_linears(model: Model, kind: type, make) -> None:
 
 
 class Optimizer:
-    """AdamW (arXiv 1711.05101) without weight decay, gradients clipped to norm 1, in float32: a
-    bf16 weight that `full` trains has a float32 master here.
+    """AdamW (arXiv 1711.05101) without weight decay, gradients clipped to norm 1. What learns is
+    float32, whatever the model's dtype.
 
     Beside the weights w_t it keeps their average, in which step t of a stage counts about as
     t^AVERAGE (arXiv 1212.1824, section 4):
@@ -455,64 +435,45 @@ class Optimizer:
 
     def __init__(self, trained: dict[str, nn.Parameter]):
         self.trained = trained
-        self.masters = {}
-        for name, parameter in trained.items():
-            exact = parameter.dtype == torch.float32
-            self.masters[name] = parameter if exact else nn.Parameter(parameter.detach().float())
-        self.averages = {name: master.detach().clone() for name, master in self.masters.items()}
+        self.averages = {name: x.detach().clone() for name, x in trained.items()}
         self.adam = torch.optim.AdamW(
-            self.masters.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+            trained.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, fused=True
         )
 
     @torch.no_grad()
     def step(self, learning_rate: float, t: int) -> None:
         """Takes the t-th step of a stage, t from 1 on. What has no gradient stays as it is."""
-        for name, parameter in self.trained.items():
-            master = self.masters[name]
-            if master is not parameter and parameter.grad is not None:
-                master.grad = parameter.grad.float()
-                parameter.grad = None
-
-        torch.nn.utils.clip_grad_norm_(self.masters.values(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
 
         c = (AVERAGE + 1) / (AVERAGE + t)  # 1 at first: the average starts as the weight
-        torch._foreach_lerp_(list(self.averages.values()), list(self.masters.values()), c)
-        self.publish()
+        torch._foreach_lerp_(list(self.averages.values()), list(self.trained.values()), c)
 
     @torch.no_grad()
     def exchange(self) -> None:
         """The averages become the weights, and the weights take their place."""
-        for name, master in self.masters.items():
-            weight = master.clone()
-            master.copy_(self.averages[name])
+        for name, parameter in self.trained.items():
+            weight = parameter.clone()
+            parameter.copy_(self.averages[name])
             self.averages[name].copy_(weight)
-        self.publish()
 
     @torch.no_grad()
     def end_stage(self) -> None:
         """The averages become the weights, for good."""
-        for name, master in self.masters.items():
-            master.copy_(self.averages[name])
-        self.publish()
-
-    def publish(self) -> None:
-        """Rounds the float32 masters to the model's own weights."""
         for name, parameter in self.trained.items():
-            if self.masters[name] is not parameter:
-                parameter.copy_(self.masters[name])
+            parameter.copy_(self.averages[name])
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that a step depends on: NAME, NAME/average, and Adam's NAME/exp_avg,
         NAME/exp_avg_sq and NAME/step where a step has been taken."""
         tensors = {}
-        for name, master in self.masters.items():
-            tensors[name] = master.detach()
+        for name, parameter in self.trained.items():
+            tensors[name] = parameter.detach()
             tensors[f"{name}/average"] = self.averages[name]
-            for key, x in self.adam.state[master].items():
+            for key, x in self.adam.state[parameter].items():
                 tensors[f"{name}/{key}"] = x
         return tensors
 
@@ -520,32 +481,10 @@ class Optimizer:
     def load(self, file) -> None:
         """Takes over the `state` in an open safetensors file."""
         stored = set(file.keys())
-        for name, master in self.masters.items():
-            master.copy_(file.get_tensor(name))
+        for name, parameter in self.trained.items():
+            parameter.copy_(file.get_tensor(name))
             self.averages[name].copy_(file.get_tensor(f"{name}/average"))
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if f"{name}/{key}" in stored:
-                    x = file.get_tensor(f"{name}/{key}").to(master.device)
-                    self.adam.state[master][key] = x
-        self.publish()
-
-
-# --- Ctrl-C ------------------------------------------------------------------------------------
-
-
-class Interrupt:
-    """Turns the first Ctrl-C into a request to stop after this step; a second one stops at once."""
-
-    asked = False
-
-    def __enter__(self):
-        self.previous = signal.signal(signal.SIGINT, self.ask)
-        return self
-
-    def __exit__(self, *error):
-        signal.signal(signal.SIGINT, self.previous)
-
-    def ask(self, *_):
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        say("\nstopping after this step ...")
+                    x = file.get_tensor(f"{name}/{key}").to(parameter.device)
+                    self.adam.state[parameter][key] = x

@@ -30,8 +30,13 @@ TOKENIZER_FILES = (
 
 
 class InputError(ValueError):
-    """Something the user can mend: the message is one line that names the file or flag and the
-    fix."""
+    """Something the user can mend: the message, one line, names the file or flag and the fix."""
+
+
+def require(condition, message: str) -> None:
+    """Raises InputError with this message where the condition does not hold."""
+    if not condition:
+        raise InputError(message)
 
 
 # --- found on disk or on the Hub ---------------------------------------------------------------
@@ -44,9 +49,10 @@ def find_model(path_or_hub_id: str, revision: str | None = None) -> Path:
         return Path(path_or_hub_id)
 
     is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path_or_hub_id)
-    if not is_hub_id or path_or_hub_id.startswith("."):
-        raise InputError(f"{path_or_hub_id}: no such folder; give that of a model, or a Hub id")
-
+    require(
+        is_hub_id and not path_or_hub_id.startswith("."),
+        f"{path_or_hub_id}: no such folder; give that of a model, or a Hub id",
+    )
     patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
     folder = download(
         snapshot_download,
@@ -59,8 +65,7 @@ def find_model(path_or_hub_id: str, revision: str | None = None) -> Path:
 
 
 def download(function, what: str, **arguments) -> str:
-    """Calls a download function of huggingface_hub; each of its errors becomes one line about
-    `what`."""
+    """Calls a function of huggingface_hub; each of its errors becomes one line about `what`."""
     try:
         return function(**arguments)
     except hub_errors.GatedRepoError:
@@ -141,62 +146,43 @@ def read_documents(source: str, flag: str = "--data"):
     """Yields the texts of `source`: a .txt file (one document), the `text` fields of a .jsonl,
     .jsonl.gz or .json.gz file, those of a folder of such files in the order of their names, or of
     `hub:OWNER/DATASET/FILE`. Raises InputError naming the file and line."""
-    path = find_text(source, flag)
+    kinds = ", ".join(TEXT_SUFFIXES)
+    path = Path(source)
+    if source.startswith("hub:"):
+        owner, dataset, file = (source[4:].split("/", 2) + ["", ""])[:3]
+        require(
+            file.endswith(TEXT_SUFFIXES),
+            f"{flag} {source}: give hub:OWNER/DATASET/FILE, the file one of {kinds}",
+        )
+        where = {"repo_id": f"{owner}/{dataset}", "filename": file, "repo_type": "dataset"}
+        path = Path(download(hf_hub_download, f"{flag} {source}", **where))
+
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.name.endswith(TEXT_SUFFIXES))
-    if not path.exists() or not files:
-        kinds = ", ".join(TEXT_SUFFIXES)
-        raise InputError(f"{flag} {source}: no such file, or a folder without {kinds} files")
-
+    require(
+        path.exists() and files, f"{flag} {source}: no such file, or a folder without {kinds} files"
+    )
     for file in files:
+        known = file.name.endswith(TEXT_SUFFIXES)
+        require(known, f"{flag} {file}: give one of {kinds}, or a folder of them")
         if file.suffix == ".txt":
             yield file.read_text(encoding="utf-8", errors="replace")
-        elif file.name.endswith(TEXT_SUFFIXES):
-            yield from read_text_fields(file, flag)
         else:
-            kinds = ", ".join(TEXT_SUFFIXES)
-            raise InputError(f"{flag} {file}: give one of {kinds}, or a folder of them")
-
-
-def find_text(source: str, flag: str) -> Path:
-    if not source.startswith("hub:"):
-        return Path(source)
-
-    owner, dataset, file = (source[4:].split("/", 2) + ["", ""])[:3]
-    if not file.endswith(TEXT_SUFFIXES):
-        kinds = ", ".join(TEXT_SUFFIXES)
-        raise InputError(f"{flag} {source}: give hub:OWNER/DATASET/FILE, the file one of {kinds}")
-    path = download(
-        hf_hub_download,
-        f"{flag} {source}",
-        repo_id=f"{owner}/{dataset}",
-        filename=file,
-        repo_type="dataset",
-    )
-    return Path(path)
+            yield from read_text_fields(file, flag)
 
 
 def read_text_fields(file: Path, flag: str):
     """The `text` field of each line. Damage is the file's: its line is named."""
-    damage = (
-        json.JSONDecodeError,
-        KeyError,
-        TypeError,
-        UnicodeDecodeError,
-        EOFError,
-        gzip.BadGzipFile,
-        zlib.error,
-    )
     number = 1
-    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
         try:
             for number, line in enumerate(lines, 1):  # noqa: B007
                 text = json.loads(line)["text"]
                 if not isinstance(text, str):
                     raise TypeError
                 yield text
-        except damage:
+        except (ValueError, KeyError, TypeError, EOFError, OSError, zlib.error):
             raise InputError(
                 f"{flag} {file}: line {number}: not a JSON object with a `text` field"
             ) from None

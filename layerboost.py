@@ -19,48 +19,38 @@ import codecs
 import os
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import cpu
-from bench import evaluate, format_table, positive, table
-from distill import Diverged, Healing, heal, tail_names
-from hub import C4, InputError, find_model, read_documents, write_json, write_text
+import report
+import scan
+from distill import Healing, heal, tail_names
+from hub import C4, find_model, read_documents, require
 from kernels import FEATURE_MAPS
-from machine import is_main_process, pick_dtype, rank_and_world, say, start_process
+from machine import (
+    MACHINE_FLAGS,
+    add_flags,
+    at_least,
+    is_main_process,
+    pick_dtype,
+    rank_and_world,
+    run_program,
+    say,
+    start_process,
+)
 from measure import RECALL_LENGTHS, read_tasks
 from model import Model, cache_bytes, convert, load_model, parse_plan, save_model
-from scan import (
-    CALIBRATION_CONTEXT,
-    CALIBRATION_SEQUENCES,
-    MEASURES,
-    PLANNERS,
-    RECALL_PROMPTS,
-    chart,
-    check_scan,
-    costs_of,
-    fingerprint,
-    hash_file,
-    make_probes,
-    rank_agreements,
-    scan,
-)
 from tokenizer import Tokenizer, load_tokenizer, pack_sequences
 
-EVALUATION_CONTEXT = 1024  # tokens a sequence
-LONG_CONTEXT = (
-    4096  # tokens a sequence in the last stage of healing, or what the model was made for
-)
+LONG_CONTEXT = 4096  # tokens a sequence in the last stage of healing, or all of its positions
 TEXT_TOKENS = 10_000_000  # read to heal on, whatever the budget: a run can go on to a larger one
 VALIDATION_SEQUENCES = 8  # of the evaluation's, watched while healing
 
 TINY = Path(os.path.relpath(Path(__file__).resolve().parent / "tiny"))
-DEFAULTS = {"data": C4, "tokens": 10_000_000, "drop": 0, "sequences": 32}
 TINY_DEFAULTS = {  # what stands for flags that are not given, without --model
     "model": str(TINY),
     "data": str(TINY / "train.jsonl.gz"),
@@ -86,19 +76,19 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     """Scan, plan, convert, heal, evaluate, report and save: all into args.out."""
     started = time.monotonic()
     out = Path(args.out)
-    settings = check_arguments(model, source, args)
-    tasks = read_tasks(args.tasks, args.limit)
+    tiers = {"window": args.window, "sinks": args.sinks, "feature_map": args.feature_map}
+    settings = check_arguments(model, source, tiers, args)
+    tasks = read_tasks(args.tasks)
     train, valid = read_text(args, tokenizer, model, settings)
 
     # Scan and plan.
-    tiers = {"window": args.window, "sinks": args.sinks, "feature_map": args.feature_map}
     layers = scan_layers(model, tokenizer, train, valid, tiers, settings, args)
-    measures = args.measure.split("+")
     plan = args.plan
     if plan is None:
-        plan = PLANNERS[args.planner](costs_of(layers, measures), args.keep, args.drop)
-        say(chart(layers, measures, plan))
-    say(f"\nPlan: {plan}", *describe_plan(model, plan, tiers, layers, measures))
+        costs = scan.costs_of(layers, args.measure)
+        plan = scan.PLANNERS[args.planner](costs, args.keep, args.drop)
+        say(scan.chart(layers, args.measure, plan))
+    say(f"\nPlan: {plan}", *describe_plan(model, plan, tiers, layers, args.measure))
 
     # Convert. `converted` keeps untrained tails of its own; the student's are trained.
     converted = convert(model, plan, **tiers)
@@ -113,8 +103,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
         f"\nHeal: {settings.trained_tokens:,} tokens, {transfer} steps of attention transfer, then "
         f"{short - transfer} of KL distillation, {settings.steps - short} on long sequences."
     )
-    same = {"model": fingerprint(*model.parameters()), "data": fingerprint(train), **tiers}
-    same |= {"plan": plan, "dtype": args.dtype}
+    same = scan.identity_of(model, train, tiers) | {"plan": plan, "dtype": args.dtype}
     watched = valid[:VALIDATION_SEQUENCES]
     curve = heal(model, student, train, watched, settings, out / "healing.safetensors", same)
     if not is_main_process():
@@ -124,13 +113,60 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     # Evaluate and report.
     say("\nEvaluate: the untouched, the converted and the healed model on the same text.")
     models = {"base": model, "converted": converted, "healed": student}
-    report = evaluate(models, model, tokenizer, valid, tasks, args.passkeys)
-    write_report(out, report, curve, settings, args, layers, time.monotonic() - started)
+    figures = report.evaluate(models, model, tokenizer, valid, tasks, args.passkeys)
+    report.write_report(figures, curve, settings, args, layers, time.monotonic() - started)
     for name in ("base", "healed"):
-        say(f"{name + ' goes on:':17}" + continuation(models[name], tokenizer, valid))
+        say(f"{name + ' goes on:':17}" + report.continuation(models[name], tokenizer, valid))
     say(f'\nSaved to {out}. Try: python layerboost.py --model {out} --prompt "The history of"')
     if args.model == str(TINY):
         say(NEXT_STEPS)
+
+
+def check_arguments(model: Model, source: Path, tiers: dict, args) -> Healing:
+    """What is wrong with the flags together, or with this model, stops here, before any work.
+    Returns the settings of the healing; args.keep and args.plan get their values."""
+    n = len(model.layers)
+    reach = model.config.max_position_embeddings
+    args.keep = round(n / 3) if args.keep is None else args.keep
+    args.plan = args.plan and parse_plan(args.plan, n)
+
+    require(
+        Path(args.out).resolve() != source.resolve(),
+        f"--out {args.out}: is the folder of the original; give another",
+    )
+    require(
+        set(model.plan) == {"S"},
+        f"--model {args.model}: is converted already (plan {model.plan}); start from the "
+        "original, or give --prompt, or measure it with report.py",
+    )
+    require(
+        args.keep + args.drop <= n,
+        f"--keep {args.keep} --drop {args.drop}: the model has {n} layers; "
+        f"give two numbers, together at most {n}",
+    )
+    shortest = min(scan.RECALL_PROMPTS)
+    require(
+        "recall" not in args.measure or reach >= shortest,
+        f"--measure: recall needs a model of {shortest} positions; give --measure kl",
+    )
+    require(
+        "task" not in args.measure or args.tasks,
+        "--measure task: needs a question file; give --tasks FILE",
+    )
+    require(not args.scan or Path(args.scan).exists(), f"--scan {args.scan}: no such file")
+    convert(model, args.plan or "L" * n, **tiers)  # raises InputError
+
+    context = min(args.context, reach)
+    return Healing(
+        args.tokens,
+        rank=args.rank,
+        lr=args.lr,
+        seed=args.seed,
+        context=context,
+        batch=args.batch or rank_and_world()[1],
+        long_context=max(context, min(LONG_CONTEXT, reach)),
+        compile=bool(args.compile),
+    )
 
 
 def scan_layers(
@@ -139,22 +175,20 @@ def scan_layers(
     """The damage of each layer by tier, read from a scan made before, measured, or both; nothing is
     scanned where the plan is stated. Says first what the whole run will do."""
     n = len(model.layers)
-    longest = min(CALIBRATION_CONTEXT, model.config.max_position_embeddings)
-    calibration = train.flatten().unfold(0, longest, longest)[:CALIBRATION_SEQUENCES]
-    measures = args.measure.split("+")
-    same = {"model": fingerprint(*model.parameters()), "data": fingerprint(calibration), **tiers}
-    if "task" in measures:
-        same["task file"] = hash_file(args.tasks[0])
+    longest = min(scan.CALIBRATION_CONTEXT, model.config.max_position_embeddings)
+    calibration = train.flatten().unfold(0, longest, longest)[: scan.CALIBRATION_SEQUENCES]
+    same = scan.identity_of(model, calibration, tiers)
+    if "task" in args.measure:
+        same["task file"] = scan.hash_file(args.tasks[0])
 
     layers = []
     path = Path(args.scan or Path(args.out) / "scan.json")
     if path.exists() and (args.scan or args.plan is None):
-        layers = check_scan(path, same, measures, n)
-    if args.scan and len(layers) < n:
-        raise InputError(
-            f"--scan {args.scan}: holds {len(layers)} of {n} layers; "
-            "repeat the command that makes it"
-        )
+        layers = scan.check_scan(path, same, args.measure, n)
+    require(
+        not args.scan or len(layers) == n,
+        f"--scan {args.scan}: holds {len(layers)} of {n} layers; repeat the command that makes it",
+    )
 
     announce(model, args, settings, calibration, valid, len(layers))
     Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -167,113 +201,37 @@ def scan_layers(
         return layers
 
     say(f"\nScan: one layer at a time, from layer {len(layers)} on.")
-    probes = make_probes(model, tokenizer, measures, calibration, train, args.tasks)
-    return scan(model, probes, tiers, path, same, layers)
-
-
-def check_arguments(model: Model, source: Path, args) -> Healing:
-    """All that is wrong with the flags stops here, before any work. Returns the settings of the
-    healing; args.keep, args.plan and args.batch get their values."""
-    n = len(model.layers)
-    if Path(args.out).resolve() == source.resolve():
-        raise InputError(f"--out {args.out}: is the folder of the original; give another")
-    if set(model.plan) != {"S"}:
-        raise InputError(
-            f"--model {args.model}: is converted already (plan {model.plan}); start from the "
-            "original, or give --prompt, or measure it with bench.py"
-        )
-
-    if args.keep is None:
-        args.keep = round(n / 3)
-    if args.keep < 0 or args.drop < 0 or args.keep + args.drop > n:
-        raise InputError(
-            f"--keep {args.keep} --drop {args.drop}: the model has {n} layers; "
-            f"give two numbers, together at most {n}"
-        )
-    measures = args.measure.split("+")
-    if set(measures) - set(MEASURES):
-        raise InputError(
-            f"--measure {args.measure}: give kl, recall, task, or several joined with +"
-        )
-    reach = model.config.max_position_embeddings
-    if "recall" in measures and reach < min(RECALL_PROMPTS):
-        raise InputError(
-            f"--measure {args.measure}: recall needs a model of {min(RECALL_PROMPTS)} positions; "
-            "give --measure kl"
-        )
-    if "task" in measures and not args.tasks:
-        raise InputError("--measure task: needs a question file; give --tasks FILE")
-    if args.scan and not Path(args.scan).exists():
-        raise InputError(f"--scan {args.scan}: no such file")
-    if args.plan:
-        args.plan = parse_plan(args.plan, n)
-    convert(
-        model, args.plan or "L" * n, args.window, args.sinks, args.feature_map
-    )  # raises InputError
-
-    return healing_settings(args, reach)
-
-
-def healing_settings(args, reach: int) -> Healing:
-    """For a model of `reach` positions. Raises InputError; args.batch gets its value."""
-    if args.rank < 1 or not args.lr > 0:
-        raise InputError(
-            f"--rank {args.rank} --lr {args.lr:g}: give a rank of 1 or more and a rate above 0"
-        )
-    if args.batch is None:
-        args.batch = rank_and_world()[1]
-    micro_batch = args.batch if args.micro_batch is None else args.micro_batch
-    if args.batch < 1 or args.context < 2 or micro_batch < 1:
-        raise InputError(
-            "--batch, --micro-batch, --context: give numbers of sequences, 1 or more, "
-            "and of tokens, 2 or more"
-        )
-    context = min(args.context, reach)
-    return Healing(
-        args.tokens,
-        rank=args.rank,
-        full=args.full,
-        lr=args.lr,
-        seed=args.seed,
-        context=context,
-        batch=args.batch,
-        micro_batch=args.micro_batch,
-        long_context=max(context, min(LONG_CONTEXT, reach)),
-        compile=bool(args.compile),
-    )
+    probes = scan.make_probes(model, tokenizer, args.measure, calibration, train, args.tasks)
+    return scan.scan(model, probes, tiers, path, same, layers)
 
 
 def read_text(args, tokenizer: Tokenizer, model: Model, settings: Healing) -> tuple[Tensor, Tensor]:
     """Training and validation sequences [N, context]. Without --valid the last documents of --data
     are held out."""
     eos = model.config.eos_token_ids
-    longest = min(EVALUATION_CONTEXT, model.config.max_position_embeddings)
+    longest = min(report.CONTEXT, model.config.max_position_embeddings)
     needed = args.sequences * longest
     documents = read_documents(args.data)
     if args.valid:
-        held_out = read_documents(args.valid, "--valid")
+        held_out, where = read_documents(args.valid, "--valid"), f"--valid {args.valid}"
     else:
         documents, held_out = hold_out(list(documents), 6 * needed)
+        where = f"--valid is not given, and what is held out of --data {args.data}"
 
     valid = pack_sequences(held_out, tokenizer, eos, longest, needed)
     wanted = max(settings.trained_tokens, TEXT_TOKENS)
     train = pack_sequences(documents, tokenizer, eos, settings.context, wanted)
-    if train.numel() < settings.long_context:
-        raise InputError(
-            f"--data {args.data}: too little text; "
-            f"{settings.long_context} tokens are needed at least"
-        )
-    if valid.numel() < longest:
-        where = f"--valid {args.valid}"
-        if not args.valid:
-            where = f"--valid is not given, and what is held out of --data {args.data}"
-        raise InputError(f"{where}: too little text; {longest} tokens are needed at least")
+    for ids, source, least in (
+        (train, f"--data {args.data}", settings.long_context),
+        (valid, where, longest),
+    ):
+        enough = ids.numel() >= least
+        require(enough, f"{source}: too little text; {least} tokens are needed at least")
     return train, valid
 
 
 def hold_out(documents: list[str], characters: int) -> tuple[list[str], list[str]]:
-    """Splits off the last documents, about so many characters of them, at most a tenth of them
-    all."""
+    """Splits off the last documents, about so many characters, at most a tenth of them all."""
     held_out: list[str] = []
     most = 0.1 * len(documents)
     while len(documents) > 1 and sum(map(len, held_out)) < characters and len(held_out) < most:
@@ -286,37 +244,37 @@ def hold_out(documents: list[str], characters: int) -> tuple[list[str], list[str
 
 def announce(
     model: Model, args, settings: Healing, calibration: Tensor, valid: Tensor, scanned: int
-):
+) -> None:
     """What is going to happen, and about how long it takes here, from a short measurement."""
     n = len(model.layers)
     rate = forward_rate(model) * rank_and_world()[1]
     reach = model.config.max_position_embeddings
     tokens = calibration.numel() if "kl" in args.measure else 0
     if "recall" in args.measure:
-        tokens += sum(length * count for length, count in RECALL_PROMPTS.items() if length <= reach)
+        prompts = scan.RECALL_PROMPTS.items()
+        tokens += sum(length * count for length, count in prompts if length <= reach)
     passes = 2 + sum(2 * (n - i) / n for i in range(scanned, n))  # over all layers
     passkeys = args.passkeys * sum(length for length in RECALL_LENGTHS if length <= reach)
+    healing = 5 * settings.trained_tokens  # teacher, student, backward
+    evaluation = 3 * (valid.numel() + passkeys)
 
-    scanning = clock(tokens * passes / rate)
-    healing = clock(settings.trained_tokens * 5 / rate)  # teacher, student, backward
-    evaluating = clock(3 * (valid.numel() + passkeys) / rate)
+    kept = f"keeps {args.keep} layers, drops {args.drop}"
+    if args.plan:
+        first = f"1. plan      {args.plan}, as given"
+    elif scanned == n:
+        first = f"1. plan      {kept}, from a scan made before"
+    else:
+        first = (
+            f"1. scan      {2 * (n - scanned)} trials on {tokens:,} tokens, then a plan that {kept}"
+            f"   about {clock(tokens * passes / rate)}"
+        )
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     say(
         f"{args.model}: {n} layers, {parameters:.1f}M parameters, {args.dtype} on {args.device}; "
-        f"a forward pass runs at {rate:,.0f} tokens/s here"
-    )
-    if args.plan:
-        say(f"1. plan      {args.plan}, as given")
-    elif scanned == n:
-        say(f"1. plan      keeps {args.keep} layers, drops {args.drop}, from a scan made before")
-    else:
-        say(
-            f"1. scan      {2 * (n - scanned)} trials on {tokens:,} tokens, then a plan that keeps "
-            f"{args.keep} layers, drops {args.drop}   about {scanning}"
-        )
-    say(
-        f"2. heal      {settings.trained_tokens:,} tokens   about {healing}",
-        f"3. evaluate  base, converted, healed   about {evaluating}"
+        f"a forward pass runs at {rate:,.0f} tokens/s here",
+        first,
+        f"2. heal      {settings.trained_tokens:,} tokens   about {clock(healing / rate)}",
+        f"3. evaluate  base, converted, healed   about {clock(evaluation / rate)}"
         + (" and the task files" if args.tasks else ""),
         f"All goes to {args.out}. Ctrl-C is safe: the same command goes on where it stopped.",
     )
@@ -355,71 +313,10 @@ def describe_plan(model: Model, plan: str, tiers: dict, layers: list[dict], meas
     return lines
 
 
-def write_report(
-    out: Path,
-    report: dict,
-    curve: dict,
-    settings: Healing,
-    args,
-    layers: list[dict],
-    seconds: float,
-) -> None:
-    """report.json, and report.md, which the terminal shows too."""
-    healed, converted = report["healed"], report["converted"]
-    plan = healed["plan"]
-    validation = ", ".join(f"{kl:.3f} at {tokens:,}" for tokens, kl in curve["valid"])
-    tiers = [plan.count(tier) for tier in "SLX"]
-    text = f"""
-# {Path(args.model).name}, boosted
-
-Plan `{plan}`: of {len(plan)} layers, {tiers[0]} keep softmax attention (S), {tiers[1]} see a
-window of {args.window} tokens, the first {args.sinks} and a linear-attention summary of the rest
-(L), {tiers[2]} have no attention (X). Healed on {settings.trained_tokens:,} tokens.
-
-{format_table(table(report))}
-
-KL is how far the next-token distribution is from the base model's, top-1 agreement how often both
-name the same token; passkey recall is how often a number hidden in a text of that many tokens is
-repeated. `converted` is before healing.
-
-Validation KL while healing, on the first {VALIDATION_SEQUENCES} sequences: {validation}.
-
-KL {converted["kl"]:.4f} -> {healed["kl"]:.4f},
-agreement {converted["agreement"]:.1%} -> {healed["agreement"]:.1%}; {clock(seconds)} in all.
-"""
-    body = {
-        **report,
-        "plan": plan,
-        "healing": {"settings": asdict(settings), **curve},
-        "scan": layers,
-        "rank_agreements": rank_agreements(layers) if layers else {},
-        "command": vars(args),
-        "seconds": round(seconds, 1),
-    }
-    write_json(out / "report.json", body)
-    write_text(out / "report.md", text.lstrip())
-    say(text)
-
-
-def continuation(model: Model, tokenizer: Tokenizer, valid: Tensor) -> str:
-    """Some words of the validation text as a model goes on with them, on one line; drawn with one
-    seed for all models."""
-    ids = valid[len(valid) // 2, None, :16].to(model.device)
-    start = tokenizer.decode(ids[0].tolist())
-    whole = tokenizer.decode(model.generate(ids, 40, temperature=0.7, top_k=40, seed=0)[0].tolist())
-    return " ".join(f"{start} >>>{whole[len(start) :]}".split())
-
-
 def generate_text(model: Model, tokenizer: Tokenizer, args) -> None:
     """Streams the continuation of --prompt to the terminal."""
     ids = tokenizer.encode(args.prompt)
-    if not ids:
-        raise InputError("--prompt is empty; give it some text")
-    top_k = 1 if args.top_k is None else args.top_k
-    top_p = 1.0 if args.top_p is None else args.top_p
-    if args.temperature < 0 or top_k < 1 or not 0 < top_p <= 1:
-        raise InputError("--temperature, --top-k, --top-p: give 0 or more, 1 or more, above 0 to 1")
-
+    require(ids, "--prompt is empty; give it some text")
     print(args.prompt, end="", flush=True)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
     prompt = torch.tensor([ids], device=model.device)
@@ -445,88 +342,77 @@ def token_count(text: str) -> int:
         ) from None
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def measure_names(text: str) -> list[str]:
+    names = text.split("+")
+    if set(names) - set(scan.MEASURES):
+        known = ", ".join(scan.MEASURES)
+        raise argparse.ArgumentTypeError(f"{text!r}: give {known}, or several joined with +")
+    return names
+
+
+FLAGS = {
+    "model": {
+        "model": (str, None, "a folder in the Hub's layout or a Hub id [the embedded one]"),
+        "revision": (str, None, "branch, tag or commit on the Hub [main]"),
+        "out": (str, None, "folder for the model, scan.json and report.json [out/<model name>]"),
+    },
+    "text": {
+        "data": (str, C4, f"to heal on: {report.TEXT_KINDS}"),
+        "valid": (str, None, "to evaluate on [the last documents of --data, held out]"),
+        "sequences": (at_least(1), 32, "of 1,024 tokens, to evaluate on"),
+        "passkeys": (at_least(1), 20, "hidden numbers to repeat, at each length"),
+        "tasks": (list, [], "question files to evaluate on [none]"),
+    },
+    "scan and plan": {
+        "keep": (at_least(0), None, "layers that keep softmax attention [a third]"),
+        "drop": (at_least(0), 0, "layers whose attention is removed, at a cost in quality"),
+        "planner": (tuple(scan.PLANNERS), "tier", "tier: least damage; paper: bands by X"),
+        "plan": (str, None, "this one: S, L or X for each layer, or uniform:L [scan and plan]"),
+        "measure": (measure_names, "kl+recall", "damage: kl, recall, task or a sum"),
+        "scan": (str, None, "plan from this scan.json [scan, or go on with the one in OUT]"),
+        "window": (int, 64, "last tokens that an L layer sees exactly"),
+        "sinks": (int, 4, "first tokens that it sees exactly"),
+        "feature-map": (str, "hedgehog", f"of its tail: {', '.join(FEATURE_MAPS)}"),
+    },
+    "healing": {
+        "tokens": (token_count, "10M", "to heal on, as 200k or 10M"),
+        "rank": (at_least(1), 16, "of the adapters"),
+        "lr": (at_least(1e-9, float), 1e-3, "highest learning rate"),
+        "context": (at_least(2), 512, "tokens of a training sequence"),
+        "batch": (at_least(1), None, "sequences a step, over all processes [one a process]"),
+        "activation-checkpointing": (bool, None, "less memory, more time [keep activations]"),
+    },
+    "generation": {
+        "prompt": (str, None, "only continue this text with MODEL"),
+        "max-new-tokens": (at_least(1), 100, "at most so many more tokens"),
+        "temperature": (at_least(0.0, float), 0.0, "0 takes the likeliest token"),
+        "top-k": (at_least(1), None, "draw from the K likeliest tokens [all]"),
+        "top-p": (at_least(1e-9, float), None, "draw from the likeliest P of probability [1]"),
+    },
+    "machine": {
+        "seed": (int, 0, "of data order, adapters and samples"),
+        **MACHINE_FLAGS,
+        "compile": (
+            bool,
+            None,
+            "run scan and healing through torch.compile, which pays from some 100k tokens on; "
+            "--no-compile leaves out the C++ of cpu.cpp, too [neither]",
+        ),
+    },
+}
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage="python layerboost.py [--model MODEL] [options]",
         description="Makes a pretrained Llama-style model cheaper to serve: scan, plan, convert, "
         "heal, evaluate, save. Without --model: the embedded one, its own text and settings.",
     )
-    group = parser
-
-    def add(flag: str, metavar: str, help: str, kind=str, default=None, **options) -> None:
-        group.add_argument(flag, metavar=metavar, help=help, type=kind, default=default, **options)
-
-    group = parser.add_argument_group("model")
-    add("--model", "MODEL", "a folder in the Hub's layout or a Hub id [the embedded one]")
-    add("--revision", "REV", "branch, tag or commit on the Hub [main]")
-    add("--out", "DIR", "for the model, scan.json and report.json [out/<model name>]")
-
-    group = parser.add_argument_group("text")
-    kinds = ".txt, .jsonl, .jsonl.gz, a folder of them, or hub:DATASET/FILE"
-    add("--data", "TEXT", f"to heal on: {kinds} [one shard of C4]")
-    add("--valid", "TEXT", "to evaluate on [the last documents of --data, held out]")
-    add("--sequences", "N", "of 1,024 tokens, to evaluate on [32]", positive)
-    add("--passkeys", "N", "hidden numbers to repeat, at each length [20]", positive, 20)
-    add("--tasks", "FILE", "question files to evaluate on [none]", nargs="+", default=[])
-    add("--limit", "N", "only the first items of each question file [all]", positive)
-
-    group = parser.add_argument_group("scan and plan")
-    add("--keep", "K", "layers that keep softmax attention [a third]", int)
-    add("--drop", "N", "layers whose attention is removed: costly (results/healing.md) [0]", int)
-    add(
-        "--planner",
-        "NAME",
-        "tier: least damage; paper: bands by X [tier]",
-        choices=PLANNERS,
-        default="tier",
-    )
-    add("--plan", "LETTERS", "this plan: S, L or X for each layer, or uniform:L [scan and plan]")
-    add("--measure", "NAMES", "damage: kl, recall, task or a sum [kl+recall]", default="kl+recall")
-    add("--scan", "FILE", "plan from this scan.json [scan, or go on with the one in OUT]")
-    add("--window", "W", "last tokens that an L layer sees exactly [64]", int, 64)
-    add("--sinks", "S", "first tokens that it sees exactly [4]", int, 4)
-    maps = ", ".join(FEATURE_MAPS)
-    add("--feature-map", "PHI", f"of its tail: {maps} [hedgehog]", default="hedgehog")
-
-    group = parser.add_argument_group("healing")
-    add("--tokens", "N", "to heal on, as 200k or 10M [10M]", token_count)
-    add("--rank", "R", "of the adapters [16]", int, 16)
-    add("--lr", "LR", "highest learning rate [1e-3]", float, 1e-3)
-    add("--context", "N", "tokens of a training sequence [512]", int, 512)
-    add("--batch", "N", "sequences a step, over all processes [one a process]", int)
-    add("--micro-batch", "N", "sequences through the model at a time [all]", int)
-    flag = {"action": "store_true"}
-    group.add_argument("--full", help="train all weights instead of adapters [adapters]", **flag)
-    less = "less memory: compute activations again in the backward pass [keep them]"
-    group.add_argument("--activation-checkpointing", help=less, **flag)
-
-    group = parser.add_argument_group("generation")
-    add("--prompt", "TEXT", "only continue this text with MODEL")
-    add("--max-new-tokens", "N", "at most so many more tokens [100]", positive, 100)
-    add("--temperature", "T", "0 takes the likeliest token [0]", float, 0.0)
-    add("--top-k", "K", "draw from the K likeliest tokens [all]", int)
-    add("--top-p", "P", "draw from the likeliest that hold P of the probability [1]", float)
-
-    group = parser.add_argument_group("machine")
-    add("--seed", "N", "of data order, adapters and samples [0]", int, 0)
-    add("--device", "NAME", "cpu or cuda [the GPU when there is one]")
-    dtypes = ("bfloat16", "float32")
-    add(
-        "--dtype",
-        "NAME",
-        "bfloat16 or float32 [bfloat16 where the processor has it]",
-        choices=dtypes,
-    )
-    compiled = (
-        "run scan and healing through torch.compile, which pays from some 100k tokens on; "
-        "--no-compile leaves out the C++ of cpu.cpp, too [neither]"
-    )
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction, help=compiled)
-
+    add_flags(parser, FLAGS)
     args = parser.parse_args(argv)
-    for name, value in (TINY_DEFAULTS if args.model is None else DEFAULTS).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    if args.model is None:
+        parser.set_defaults(**TINY_DEFAULTS)
+        args = parser.parse_args(argv)
     args.out = args.out or f"out/{Path(args.model).resolve().name}"
     return args
 
@@ -543,29 +429,11 @@ def run(args) -> None:
         generate_text(model, tokenizer, args)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 diverged, 2 bad input, 130 stopped by Ctrl-C."""
+def main(argv=None) -> int:
     args = parse_arguments(argv)
     cpu.enabled = args.compile is not False
-    code, message = 0, None
-    try:
-        run(args)
-    except InputError as error:
-        code, message = 2, str(error)
-    except OSError as error:
-        code, message = 2, f"{error.filename or '--out'}: {error.strerror or error}"
-    except Diverged as error:
-        code, message = 1, f"{error}; what was saved before is in {args.out}"
-    except KeyboardInterrupt:
-        code, message = 130, "stopped"
-        if args.prompt is None:
-            message += f"; run the same command again to go on from what is in {args.out}"
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if message and is_main_process():
-        print(f"layerboost: {message}", file=sys.stderr)
-    return code
+    go_on = f"; run the same command again to go on from what is in {args.out}"
+    return run_program("layerboost", lambda: run(args), go_on if args.prompt is None else "")
 
 
 if __name__ == "__main__":

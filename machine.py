@@ -1,4 +1,4 @@
-"""What the program runs on: the device, the dtype, the processes under torchrun, the terminal.
+"""What the program runs on: the terminal, the processes under torchrun, the device, the dtype.
 
 Under torchrun each process holds the model and takes its share of the work (data parallelism),
 which needs three operations: who am I (`rank_and_world`), the sum of gradients
@@ -6,7 +6,10 @@ which needs three operations: who am I (`rank_and_world`), the sum of gradients
 and they do nothing.
 """
 
+import argparse
 import os
+import signal
+import sys
 
 import torch
 import torch.distributed as dist
@@ -14,6 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hub import InputError
+
+# --- the terminal ------------------------------------------------------------------------------
 
 
 def is_main_process() -> bool:
@@ -30,6 +35,85 @@ def say(*lines) -> None:
 def progress(*iterable, **options) -> tqdm:
     """A tqdm bar on the main process alone."""
     return tqdm(*iterable, disable=not is_main_process(), **options)
+
+
+class Diverged(RuntimeError):
+    """The loss, or the damage of a layer, became infinite or not a number."""
+
+
+def run_program(name: str, run, go_on: str = "") -> int:
+    """Calls run(). Returns its exit code: 0 done, 1 diverged, 2 bad input, 130 stopped by Ctrl-C.
+    But for 0, one line on stderr says why; `go_on` is what it says of a run that was stopped."""
+    code, message = 0, ""
+    try:
+        run()
+    except InputError as error:
+        code, message = 2, str(error)
+    except OSError as error:
+        code, message = 2, f"{error.filename or '--out'}: {error.strerror or error}"
+    except Diverged as error:
+        code, message = 1, str(error)
+    except KeyboardInterrupt:
+        code, message = 130, "stopped" + go_on
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if code and is_main_process():
+        print(f"{name}: {message}", file=sys.stderr)
+    return code
+
+
+class Interrupt:
+    """Turns the first Ctrl-C into a request to stop after this step; a second one stops at once."""
+
+    asked = False
+
+    def __enter__(self):
+        self.previous = signal.signal(signal.SIGINT, self.ask)
+        return self
+
+    def __exit__(self, *error):
+        signal.signal(signal.SIGINT, self.previous)
+
+    def ask(self, *_):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        say("\nstopping after this step ...")
+
+
+def at_least(least, kind=int):
+    """An argparse type: a number that is `least` or more."""
+
+    def number(text: str):
+        if not kind(text) >= least:
+            raise argparse.ArgumentTypeError(f"{text} is not {least} or more")
+        return kind(text)
+
+    return number
+
+
+def add_flags(parser: argparse.ArgumentParser, groups: dict[str, dict]) -> None:
+    """groups: {title: {name: (kind, default, help)}}. kind is a type, or the values to choose from;
+    `list` takes several values, `bool` none (--name, --no-name)."""
+    special = {list: {"nargs": "+"}, bool: {"action": argparse.BooleanOptionalAction}}
+    for title, flags in groups.items():
+        group = parser.add_argument_group(title)
+        for name, (kind, default, help) in flags.items():
+            options = special.get(kind, {"type": kind})
+            if isinstance(kind, tuple):
+                options = {"choices": kind}
+            if default is not None and kind not in special:
+                help += " [%(default)s]"
+            group.add_argument(f"--{name}", default=default, help=help, **options)
+
+
+MACHINE_FLAGS = {
+    "device": (str, None, "cpu or cuda [the GPU where there is one]"),
+    "dtype": (("bfloat16", "float32"), None, "of weights [bfloat16 where the processor has it]"),
+}
+
+
+# --- processes ---------------------------------------------------------------------------------
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -56,6 +140,9 @@ def gather(item) -> list:
         items = [None] * dist.get_world_size()
         dist.all_gather_object(items, item)
     return items
+
+
+# --- device and dtype --------------------------------------------------------------------------
 
 
 def start_process(device: str | None) -> str:

@@ -24,6 +24,7 @@ start from hidden states after the final norm, and make the logits of a slice of
 answer's positions, alone.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -37,7 +38,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from attention import linear
-from hub import InputError
+from hub import require
 from kernels import logit_kl, slice_rows
 from machine import progress
 from model import Model
@@ -177,124 +178,88 @@ def score_rows(hidden: Tensor, head: Tensor, prompts: list[Prompt]) -> list[Scor
     scored = []
     for row, (context, answer) in zip(hidden, prompts, strict=True):
         first = len(context) - 1  # the state that predicts the answer's first token
-        scored.append(score_hidden(row[first : first + len(answer)], head, answer))
+        logits = linear(row[first : first + len(answer)], head).float()  # (answer, V)
+        tokens = torch.tensor(answer, device=logits.device)
+        log_likelihood = -F.cross_entropy(logits, tokens, reduction="sum")
+        greedy = (logits.argmax(-1) == tokens).all()
+        scored.append(Scored(float(log_likelihood), bool(greedy)))
     return scored
-
-
-def score_hidden(hidden: Tensor, head: Tensor, answer: list[int]) -> Scored:
-    """hidden [len(answer), d]: the states that predict each token of the answer."""
-    logits = linear(hidden, head).float()
-    tokens = torch.tensor(answer, device=logits.device)
-    log_likelihood = -F.cross_entropy(logits, tokens, reduction="sum")
-    greedy = (logits.argmax(-1) == tokens).all()
-    return Scored(float(log_likelihood), bool(greedy))
 
 
 # --- passkey recall ----------------------------------------------------------------------------
 
 
 def passkey_prompts(
-    tokenizer: Tokenizer,
-    text: Tensor,
-    length: int,
-    depths: tuple[float, ...] = RECALL_DEPTHS,
-    count: int = 4,
-    seed: int = 0,
-) -> list[tuple[float, Prompt]]:
-    """[(depth, prompt)]: `count` prompts of `length` tokens, answer included, for each depth (0 the
-    start, 1 the end), each hidden in another part of `text` (ids of any shape)."""
-
-    def encode(words: str) -> list[int]:
-        return tokenizer.encode(words, special=False)
-
+    tokenizer: Tokenizer, text: Tensor, length: int, depths=RECALL_DEPTHS, count=4, seed=0
+) -> list[Prompt]:
+    """`count` prompts of `length` tokens, answer included, for each depth (0 the start, 1 the end),
+    each hidden in another part of `text` (ids of any shape)."""
     draw = random.Random(f"{seed} {length}")
+    encode = functools.partial(tokenizer.encode, special=False)
     text = text.flatten().repeat(1 + length // text.numel())  # a short text is told again
     head = tokenizer.prefix + encode(PASSKEY_HEAD)
     question = encode(PASSKEY_QUESTION)
 
     prompts = []
-    for depth in depths:
-        for _ in range(count):
-            number = str(draw.randrange(10000, 100000))
-            needle = encode(PASSKEY_NEEDLE.format(number=number))
-            answer = encode(f" {number}")
+    for depth, _ in itertools.product(depths, range(count)):
+        number = str(draw.randrange(10000, 100000))
+        needle = encode(PASSKEY_NEEDLE.format(number=number))
+        answer = encode(f" {number}")
 
-            room = length - len(head) - len(needle) - len(question) - len(answer)
-            start = draw.randrange(max(1, len(text) - room))
-            filler = text[start : start + room].tolist()
+        room = length - len(head) - len(needle) - len(question) - len(answer)
+        start = draw.randrange(max(1, len(text) - room))
+        filler = text[start : start + room].tolist()
 
-            before = int(room * depth)
-            context = head + filler[:before] + needle + filler[before:room] + question
-            prompts.append((depth, (context, answer)))
+        before = int(room * depth)
+        context = head + filler[:before] + needle + filler[before:room] + question
+        prompts.append((context, answer))
     return prompts
 
 
 def passkey_recall(
-    model: Model,
-    tokenizer: Tokenizer,
-    text: Tensor,
-    lengths: tuple[int, ...] = RECALL_LENGTHS,
-    count: int = 4,
-) -> dict:
-    """{"recall": {length: share repeated exactly}, "recall_by_depth": {length: {depth: share}}},
-    from `count` prompts at each length and depth."""
-    by_depth = {}
+    model: Model, tokenizer: Tokenizer, text: Tensor, lengths=RECALL_LENGTHS, count: int = 4
+) -> dict[str, float]:
+    """{length: share of passkeys that are repeated exactly}, of `count` at each depth."""
+    recall = {}
     for length in lengths:
         prompts = passkey_prompts(tokenizer, text, length, count=count)
-        scored = score_answers(model, [prompt for _, prompt in prompts], f"passkey at {length}")
-
-        found: dict[float, list[bool]] = {depth: [] for depth in RECALL_DEPTHS}
-        for (depth, _), answer in zip(prompts, scored, strict=True):
-            found[depth].append(answer.greedy)
-        by_depth[str(length)] = {str(depth): mean(repeated) for depth, repeated in found.items()}
-
-    recall = {length: mean(shares.values()) for length, shares in by_depth.items()}
-    return {"recall": recall, "recall_by_depth": by_depth}
+        scored = score_answers(model, prompts, f"passkey at {length}")
+        recall[str(length)] = mean(answer.greedy for answer in scored)
+    return recall
 
 
 # --- question files ----------------------------------------------------------------------------
 
 
-def read_tasks(paths: list[str], limit: int | None) -> dict[str, list[dict]]:
-    """{name: items} of question files. Raises InputError for two of one name, and where `read_task`
-    does."""
-    tasks = {Path(path).stem: read_task(path, limit) for path in paths}
-    if len(tasks) < len(paths):
-        raise InputError(
-            f"--tasks {' '.join(paths)}: give files of different names; the report has them by "
-            "their names"
-        )
+def read_tasks(paths: list[str]) -> dict[str, list[dict]]:
+    """{name: items} of question files. Raises InputError for two of one name."""
+    tasks = {Path(path).stem: read_task(path) for path in paths}
+    require(
+        len(tasks) == len(paths),
+        f"--tasks {' '.join(paths)}: give files of different names; the report has them by "
+        "their names",
+    )
     return tasks
 
 
-def read_task(path: str, limit: int | None = None) -> list[dict]:
-    """The items of a question file, the first `limit` of them. Raises InputError for a line that is
-    in none of the three formats, or not in that of the first line."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = list(itertools.islice(file, limit))
-    except OSError as error:
-        raise InputError(f"--tasks {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"--tasks {path}: {error}") from None
-
+def read_task(path: str) -> list[dict]:
+    """The items of a question file. Raises InputError for a line that is in none of the three
+    formats, or not in that of the first line."""
     items: list[dict] = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
             item = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or no UTF-8
             item = None
         kind = task_format(item)
-        if kind is None or (items and kind != task_format(items[0])):
-            raise InputError(
-                f"--tasks {path}: line {number}: give query, choices, gold; or context_options, "
-                "continuation, gold; or context, continuation; texts that are not empty, gold the "
-                "number of one from 0 on, all lines alike"
-            )
+        require(
+            kind and kind == task_format(items[0] if items else item),
+            f"--tasks {path}: line {number}: give query, choices, gold; or context_options, "
+            "continuation, gold; or context, continuation; texts that are not empty, gold the "
+            "number of one from 0 on, all lines alike",
+        )
         items.append(item)
-
-    if not items:
-        raise InputError(f"--tasks {path}: is empty")
+    require(items, f"--tasks {path}: is empty")
     return items
 
 
@@ -303,15 +268,11 @@ def task_format(item) -> str | None:
     something is missing or wrong."""
     if not isinstance(item, dict):
         return None
-
     for kind, text in (("choices", "query"), ("context_options", "continuation")):
         if kind in item:
-            options = item[kind]
-            gold = item.get("gold")
-            if not isinstance(options, list) or not are_texts(*options, item.get(text)):
-                return None
-            return kind if type(gold) is int and 0 <= gold < len(options) else None
-
+            options, gold = item[kind], item.get("gold")
+            right = isinstance(options, list) and are_texts(*options, item.get(text))
+            return kind if right and type(gold) is int and 0 <= gold < len(options) else None
     return "context" if are_texts(item.get("context"), item.get("continuation")) else None
 
 
@@ -357,27 +318,24 @@ def task_accuracy(items: list[dict], scored: list[list[Scored]]) -> dict:
             "perplexity": math.exp(-mean(answer.log_likelihood for answer in answers)),
         }
 
-    right = []
-    right_per_byte = []
-    for item, choices in zip(items, scored, strict=True):
-        values = [choice.log_likelihood for choice in choices]
-        right.append(index_of_largest(values) == item["gold"])
-        if "choices" in item:
+    gold = [item["gold"] for item in items]
+    values = [[choice.log_likelihood for choice in choices] for choices in scored]
+    figures = {"items": len(items), "accuracy": share_right(values, gold)}
+    if "choices" in items[0]:
+        per_byte = []
+        for item, row in zip(items, values, strict=True):
             sizes = [len(text.encode()) for text in item["choices"]]
-            per_byte = [value / size for value, size in zip(values, sizes, strict=True)]
-            right_per_byte.append(index_of_largest(per_byte) == item["gold"])
-
-    figures = {"items": len(items), "accuracy": mean(right)}
-    if right_per_byte:
-        figures["accuracy_norm"] = mean(right_per_byte)
+            per_byte.append([value / size for value, size in zip(row, sizes, strict=True)])
+        figures["accuracy_norm"] = share_right(per_byte, gold)
     return figures
 
 
+def share_right(values: list[list[float]], gold: list[int]) -> float:
+    """How often the largest value is that of the choice which is right."""
+    return mean(row.index(max(row)) == right for row, right in zip(values, gold, strict=True))
+
+
 # --- statistics --------------------------------------------------------------------------------
-
-
-def index_of_largest(values: list[float]) -> int:
-    return max(range(len(values)), key=values.__getitem__)
 
 
 def mean(values) -> float:

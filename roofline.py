@@ -11,56 +11,35 @@ A part of a step that moves b bytes and computes n operations takes at least
     max(b / bandwidth, n / rate)    seconds (the roofline model, CACM 52(4), 2009)
 """
 
-import json
-import math
-import os
-import tempfile
 import timeit
-from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from config import read_config
-from hub import InputError
+from hub import require
 from kernels import feature_size
-from model import Model, cache_bytes, rotary_frequencies, weight_bytes
+from model import Model, cache_bytes, weight_bytes
 
 # --- hardware ----------------------------------------------------------------------------------
 
 
-@dataclass
-class Hardware:
+class Hardware(NamedTuple):
     bandwidth: float  # bytes/s from memory
-    rate: float  # bf16 operations/s; a multiplication and an addition are two
-    memory: float  # bytes
-
-
-HARDWARE = {  # NVIDIA's data sheets
-    "a10": Hardware(600e9, 125e12, 24e9),
-    "h100": Hardware(3.35e12, 989e12, 80e9),
-}
+    rate: float  # operations/s in the model's dtype; a multiplication and an addition are two
 
 
 def measure_hardware(device: str, dtype: torch.dtype) -> Hardware:
     """The rates at which this machine copies memory and multiplies matrices, x W^T as in a linear
     layer. The numbers are random: ones take less power, so a processor multiplies them faster."""
-    on_gpu = device.startswith("cuda")
     wait = torch.get_device_module(device).synchronize
     source = torch.ones(2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copying = fastest(lambda: target.copy_(source), wait)
 
-    size = 8192 if on_gpu else 2048
+    size = 8192 if device.startswith("cuda") else 2048
     x = torch.randn(size, size, device=device).to(dtype)
     multiplying = fastest(lambda: x @ x.T, wait)
-
-    memory = math.inf  # not known on Windows
-    if on_gpu:
-        memory = torch.cuda.mem_get_info()[1]
-    elif hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Hardware(2 * source.numel() / copying, 2 * size**3 / multiplying, memory)
+    return Hardware(2 * source.numel() / copying, 2 * size**3 / multiplying)
 
 
 def fastest(run, wait) -> float:
@@ -107,8 +86,7 @@ def step_costs(model: Model, batch: int, context: int) -> dict[str, tuple[float,
 
 
 def prefill_operations(model: Model, tokens: int) -> float:
-    """For each token of a prompt those of a step at half the context, but the head for the last
-    token only."""
+    """For each token those of a step at half the context, but the head for the last token only."""
     costs = step_costs(model, 1, tokens // 2)
     _, head = costs.pop("head")
     return tokens * sum(operations for _, operations in costs.values()) + head
@@ -137,72 +115,9 @@ def fitting_slots(model: Model, tokens: int, memory: float, clients: int) -> int
     weights = weight_bytes(model)
     cache = max(1, cache_bytes(model, tokens))  # without attention there is none
     slots = int(min(clients, (memory - weights) / cache))
-    if slots < 1:
-        raise InputError(
-            f"--memory, --hardware: {memory / 2**30:.1f} GiB hold the weights "
-            f"({weights / 2**30:.1f} GiB) and no sequence of {tokens} tokens; give more"
-        )
+    require(
+        slots >= 1,
+        f"--memory: {memory / 2**30:.1f} GiB hold the weights "
+        f"({weights / 2**30:.1f} GiB) and no sequence of {tokens} tokens; give more",
+    )
     return slots
-
-
-# --- known architectures -----------------------------------------------------------------------
-
-SHAPE_FIELDS = (
-    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-    "head_dim vocab_size tie_word_embeddings"
-).split()
-SHAPES = {
-    "smollm2-135m": (576, 1536, 30, 9, 3, 64, 49152, True),
-    "llama3.2-1b": (2048, 8192, 16, 32, 8, 64, 128256, True),
-    "llama3.2-3b": (3072, 8192, 28, 24, 8, 128, 128256, True),
-    "llama3.1-8b": (4096, 14336, 32, 32, 8, 128, 128256, False),
-    "qwen2.5-7b": (3584, 18944, 28, 28, 4, 128, 152064, False),
-}
-
-
-def build_shape(name: str, dtype: torch.dtype, device: str) -> Model:
-    """A known architecture with random weights, as fast as the real one."""
-    raw = dict(zip(SHAPE_FIELDS, SHAPES[name], strict=True))
-    raw |= {"model_type": "qwen2" if "qwen" in name else "llama", "rms_norm_eps": 1e-5}
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(raw))
-        config = read_config(Path(folder))
-    with torch.device("meta"):
-        model = Model(config)
-
-    weights = {}
-    for key, parameter in model.named_parameters():
-        weights[key] = torch.empty_like(parameter, dtype=dtype, device=device).normal_(std=0.02)
-    model.load_state_dict(weights, assign=True)
-    model.frequencies = rotary_frequencies(config).to(device)
-    return model.requires_grad_(False)
-
-
-# --- predictions -------------------------------------------------------------------------------
-
-
-def list_parts(models: dict[str, Model], batch: int, context: int, hardware: Hardware) -> list:
-    """The parts of a step and, as one more, a prompt's cost a token."""
-    rows = []
-    for name, model in models.items():
-        costs = step_costs(model, batch, context)
-        costs["prefill, a token"] = (0.0, prefill_operations(model, context) / context)
-        for part, (size, operations) in costs.items():
-            ms = 1e3 * floor_seconds({part: (size, operations)}, hardware)
-            figures = {"part": part, "model": name, "mb": size / 1e6, "mflop": operations / 1e6}
-            rows.append(figures | {"ms": ms})
-    return rows
-
-
-def predict(models, clients: int, context: int, memory: float, hardware: Hardware) -> list[dict]:
-    """Tokens/s at the floor: of steps at the full context, and of requests whose context is half
-    prompt and half output."""
-    half = max(1, context // 2)
-    rows = []
-    for name, model in models.items():
-        slots = fitting_slots(model, context, memory, clients)
-        decode = slots / floor_seconds(step_costs(model, slots, context), hardware)
-        served = serving_floor(model, half, half, slots, hardware)
-        figures = {"clients": clients, "context": context, "model": name, "slots": slots}
-        rows.append(figures | {"decode": decode, "served": served})
-    return rows

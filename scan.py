@@ -18,7 +18,6 @@ over both columns, exactly.
 """
 
 import hashlib
-import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -27,9 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distill import Diverged
-from hub import InputError, read_json, write_json
-from machine import gather, progress, rank_and_world
+from hub import read_json, require, write_json
+from machine import Diverged, gather, progress, rank_and_world
 from measure import (
     kl_by_position,
     mean,
@@ -93,30 +91,29 @@ def recall_probe(model: Model, tokenizer: Tokenizer, text: Tensor) -> Probe:
     for length, count in RECALL_PROMPTS.items():
         if length <= model.config.max_position_embeddings:
             depths = tuple((i + 0.5) / count for i in range(count))
-            prompts = passkey_prompts(tokenizer, text, length, depths, 1, seed=1)
-            groups[length] = [prompt for _, prompt in prompts]
+            groups[length] = passkey_prompts(tokenizer, text, length, depths, 1, seed=1)
     batches = [pad_prompts(group).to(model.device) for group in groups.values()]
 
     def log_likelihoods(hiddens: list[Tensor]) -> list[list[float]]:
-        return [
-            [scored.log_likelihood for scored in score_rows(hidden, model.head, group)]
-            for hidden, group in zip(hiddens, groups.values())
-        ]
+        scored = [score_rows(x, model.head, group) for x, group in zip(hiddens, groups.values())]
+        return [[answer.log_likelihood for answer in group] for group in scored]
 
     base = log_likelihoods([model.hidden(ids) for ids in batches])
 
     def damage(hiddens: list[Tensor]) -> dict[str, float]:
-        drops = {}
+        columns = {}
+        drops = []
         for length, before, after in zip(groups, base, log_likelihoods(hiddens)):
-            drops[length] = [b - a for a, b in zip(after, before)]
-        columns = {"recall": mean(itertools.chain(*drops.values()))}
-        return columns | {f"recall at {length}": mean(group) for length, group in drops.items()}
+            drop = [b - a for a, b in zip(after, before)]
+            columns[f"recall at {length}"] = mean(drop)
+            drops += drop
+        return {"recall": mean(drops), **columns}
 
     return Probe(batches, damage)
 
 
 def task_probe(model: Model, tokenizer: Tokenizer, path: str) -> Probe:
-    items = read_task(path, TASK_ITEMS)
+    items = read_task(path)[:TASK_ITEMS]
     groups = [task_prompts(item, tokenizer) for item in items]
     batches = [pad_prompts(group).to(model.device) for group in groups]
 
@@ -125,11 +122,7 @@ def task_probe(model: Model, tokenizer: Tokenizer, path: str) -> Probe:
         return task_accuracy(items, scored)["accuracy"]
 
     base = accuracy([model.hidden(ids) for ids in batches])
-
-    def damage(hiddens: list[Tensor]) -> dict[str, float]:
-        return {"task": base - accuracy(hiddens)}
-
-    return Probe(batches, damage)
+    return Probe(batches, lambda hiddens: {"task": base - accuracy(hiddens)})
 
 
 @torch.inference_mode()
@@ -141,8 +134,7 @@ def make_probes(
     text: Tensor,
     tasks: list[str],
 ) -> list[Probe]:
-    """calibration [N, T] and text, of any shape, are ids; the task measure takes the first of
-    `tasks`."""
+    """calibration [N, T] and text, of any shape, are ids; `task` takes the first of `tasks`."""
     probes = []
     if "kl" in measures:
         probes.append(kl_probe(model, calibration))
@@ -167,9 +159,7 @@ def scan(
     writes all of them to `path` after every layer. Raises Diverged for damage that is not finite.
     """
     n = len(model.layers)
-    altered = {
-        tier: convert(model, tier * n, **tiers) for tier in "XL"
-    }  # a trial takes a block of these
+    altered = {tier: convert(model, tier * n, **tiers) for tier in "XL"}  # a trial takes a block
     rank, world = rank_and_world()
 
     i = len(layers) + rank
@@ -212,23 +202,26 @@ def check_scan(path: Path, identity: dict, measures: list[str], n: int) -> list[
     gone on with no others."""
     again = "scan again (leave out --scan, or give another --out)"
     made = read_json(path)
-    if not made.get("identity") or not made.get("layers"):
-        raise InputError(f"{path}: is no scan file; {again}")
-
+    require(made.get("identity") and made.get("layers"), f"{path}: is no scan file; {again}")
     columns = [name for name in MEASURES if name in made["layers"][0]["X"]]
     unfinished = len(made["layers"]) < n
-    if not set(measures) <= set(columns) or unfinished and set(measures) != set(columns):
-        raise InputError(
-            f"{path}: was measured with --measure {'+'.join(columns)}, "
-            f"this run has {'+'.join(measures)}; {again}"
-        )
+    require(
+        set(measures) <= set(columns) and not (unfinished and set(measures) < set(columns)),
+        f"{path}: was measured with --measure {'+'.join(columns)}, "
+        f"this run has {'+'.join(measures)}; {again}",
+    )
     for key, value in identity.items():
         before = made["identity"].get(key)
-        if before != value:
-            raise InputError(
-                f"{path}: was measured with {key} {before}, this run has {value}; {again}"
-            )
+        require(
+            before == value,
+            f"{path}: was measured with {key} {before}, this run has {value}; {again}",
+        )
     return made["layers"]
+
+
+def identity_of(model: Model, text: Tensor, tiers: dict) -> dict:
+    """What must be the same where a run goes on from an earlier one."""
+    return {"model": fingerprint(*model.parameters()), "data": fingerprint(text), **tiers}
 
 
 def fingerprint(*tensors: Tensor) -> str:
@@ -243,6 +236,11 @@ def fingerprint(*tensors: Tensor) -> str:
         digest.update(str(tuple(x.shape)).encode())
         digest.update(values.double().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def hash_file(path: str) -> str:
+    """Twelve hex digits of a file's content."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
 
 # --- planners ----------------------------------------------------------------------------------
@@ -261,8 +259,7 @@ def costs_of(layers: list[dict], measures: list[str]) -> list[dict[str, float]]:
 
 
 def plan_paper(costs: list[dict], keep: int, drop: int) -> str:
-    """Three bands by the X column: the `keep` most sensitive layers stay S, the `drop` least become
-    X."""
+    """Three bands by the X column: the `keep` most sensitive stay S, the `drop` least become X."""
     order = sorted(range(len(costs)), key=lambda i: costs[i]["X"])
     plan = ["L"] * len(costs)
     for i in order[len(order) - keep :]:
@@ -311,42 +308,3 @@ def chart(layers: list[dict], measures: list[str], plan: str) -> str:
     for i, (cost, tier) in enumerate(zip(costs, plan)):
         lines.append(f"{i:5}  {bar(cost['X'])}  {bar(cost['L'])}  {tier}")
     return "\n".join(lines)
-
-
-def rank_agreements(layers: list[dict]) -> dict[str, float]:
-    """{"kl against recall (X)": Spearman's correlation of two rankings of the layers}: 1 the same
-    order, 0 unrelated. Between measures, the two halves of the text, early and late positions,
-    short and long contexts, and X and L."""
-    names = list(layers[0]["X"])
-    measured = [name for name in MEASURES if name in names]
-    pairs = list(itertools.combinations(measured, 2))
-    for kind in ("kl, text", "kl, tokens", "recall at"):
-        group = [name for name in names if name.startswith(kind)]
-        if len(group) > 1:
-            pairs.append((group[0], group[-1]))
-
-    def column(tier: str, name: str) -> list[float]:
-        return [row[tier][name] for row in layers]
-
-    agreements = {}
-    for a, b in pairs:
-        for tier in "XL":
-            agreements[f"{a} against {b} ({tier})"] = spearman(column(tier, a), column(tier, b))
-    for name in measured:
-        agreements[f"X against L by {name}"] = spearman(column("X", name), column("L", name))
-    return agreements
-
-
-def spearman(a: list[float], b: list[float]) -> float:
-    """The correlation of two rankings; ties share their mean rank."""
-    ranks = []
-    for values in (torch.tensor(a), torch.tensor(b)):
-        below = (values[:, None] > values).sum(1)
-        same = (values[:, None] == values).sum(1)
-        ranks.append(below + (same - 1) / 2)
-    return float(torch.nan_to_num(torch.corrcoef(torch.stack(ranks)))[0, 1])
-
-
-def hash_file(path: str) -> str:
-    """Twelve hex digits of a file's content."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]

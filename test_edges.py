@@ -23,6 +23,7 @@ import distill
 import hub
 import layerboost
 import measure
+import report
 import scan as scan_module
 from config import read_config
 from conftest import GOLDEN, boosted, needs_cpp, short_run, write_model
@@ -483,7 +484,7 @@ def test_question_files(tmp_path):
     path.write_text(json.dumps(separated, ensure_ascii=False) + "\n", encoding="utf-8")
     assert measure.read_task(str(path)) == [separated]
     with pytest.raises(InputError, match="different names"):
-        measure.read_tasks([str(path), str(path)], 1)
+        measure.read_tasks([str(path), str(path)])
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
@@ -505,18 +506,14 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         ("--feature-map cosine", "--feature-map 'cosine'"),
         ("--window 0 --feature-map none", "would see nothing"),
         ("--window -1", "--window and --sinks"),
-        ("--measure luck", "--measure luck"),
         ("--measure task", "--tasks FILE"),
-        ("--tasks nowhere.jsonl", "--tasks nowhere.jsonl"),
+        ("--tasks nowhere.jsonl", "nowhere.jsonl: No such file"),
         (f"--tasks {os.devnull}", "is empty"),
         ("--tokens 100", "give at least as many"),
-        ("--micro-batch 0", "--batch, --micro-batch, --context: give numbers"),
-        ("--rank 0", "give a rank of 1 or more"),
         ("--data nowhere", "--data nowhere"),
         ("--model ./nowhere", "./nowhere: no such folder"),
         ("--scan nowhere.json", "--scan nowhere.json"),
         ("--prompt=", "--prompt is empty"),
-        ("--prompt a --temperature 1 --top-k -1", "--top-k"),
         ("--device meta", "--device meta"),
     ],
 )
@@ -532,7 +529,14 @@ def test_bad_flags_are_one_line_and_exit_code_2(flags, message, llama, text, tmp
         ("--tokens ten", "'ten' is not a number of tokens; write 200k, 10M or 4096"),
         ("--tokens infM", "'infM' is not a number of tokens"),
         ("--tokens k", "'k' is not a number of tokens"),
-        ("--sequences 0", "0 is not 1 or more"),
+        ("--sequences 0", "--sequences: 0 is not 1 or more"),
+        ("--keep -1", "--keep: -1 is not 0 or more"),
+        ("--measure luck", "--measure: 'luck': give kl, recall, task"),
+        ("--batch 0", "--batch: 0 is not 1 or more"),
+        ("--context 1", "--context: 1 is not 2 or more"),
+        ("--rank 0", "--rank: 0 is not 1 or more"),
+        ("--lr nan", "--lr: nan is not"),
+        ("--prompt a --temperature 1 --top-k -1", "--top-k: -1 is not 1 or more"),
         ("--dtype int8", "bfloat16"),
         ("--planner luck", "paper"),
     ],
@@ -547,22 +551,38 @@ def test_flags_that_are_no_values_show_what_is_one(flags, message, capsys):
     "command,message",
     [
         ("decode --lengths 10", "10 tokens are too few"),
-        ("serve --prompt 2", "2 tokens are too few"),
-        ("serve --memory 0.00001GB", "--memory, --hardware: 0.0 GiB"),
-        ("decode --plot nowhere/a.svg", "in a folder that exists"),
-        ("decode --shape smollm2-135m", "--model, --shape: give one of the two"),
-        ("quality --valid {model}", "no such file, or a folder without"),
+        ("serve --memory 0.00001GB", "--memory: 0.0 GiB"),
+        ("decode --model=", "--model: give a folder or Hub id"),
     ],
 )
 def test_bad_flags_of_a_measurement_are_one_line_and_exit_code_2(
     command, message, llama, capsys, monkeypatch
 ):
-    monkeypatch.setattr(bench, "measure_hardware", lambda *_: bench.Hardware(1e10, 1e11, 1e10))
-    command = command.format(model=llama)
+    monkeypatch.setattr(bench, "measure_hardware", lambda *_: bench.Hardware(1e10, 1e11))
     flags = ["--model", str(llama), "--no-compile", "--dtype", "float32"]
-    assert bench.main([*command.split(), *flags]) == 2
+    name, *own = command.split()
+    assert bench.main([name, *flags, *own]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("bench: ") and message in error
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ("--valid {model}", "no such file, or a folder without"),
+        ("--base {model} --valid {text}", "compare a model with its own original"),
+        ("--valid {text} --tasks nowhere.jsonl", "nowhere.jsonl: No such file"),
+    ],
+)
+def test_bad_flags_of_a_report_are_one_line_and_exit_code_2(
+    flags, message, llama, text, tmp_path, capsys
+):
+    write_model(tmp_path, CONFIGS["llama"])
+    (tmp_path / "tokenizer.json").write_bytes((llama / "tokenizer.json").read_bytes())
+    flags = flags.format(model=llama, text=text)
+    assert report.main([str(tmp_path), "--dtype", "float32", *flags.split()]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("report: ") and message in error
 
 
 # --- what an earlier run left ---------------------------------------------------------------------

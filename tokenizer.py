@@ -19,9 +19,7 @@ from torch import Tensor
 from hub import InputError, find_model, read_json
 from machine import progress
 
-GPT2_PATTERN = (
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's own
-)
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # SmolLM cuts out single digits first and runs the GPT-2 pattern on what lies between. As one
 # pattern, a digit stands alone, and white space before it stays whole, since its piece ends there.
 DIGITS_GPT2_PATTERN = (
@@ -73,8 +71,10 @@ class Tokenizer:
         for piece in self.splitter.split(text) if self.added else [text]:
             if piece in self.added:
                 ids.append(self.added[piece])
-            elif piece:
-                ids += self.encoding.encode_ordinary(self.normalise(piece))
+                continue
+            if self.normal_form:
+                piece = unicodedata.normalize(self.normal_form, piece)
+            ids += self.encoding.encode_ordinary(piece)
         return self.prefix + ids + self.suffix if special else ids
 
     def decode(self, ids: list[int]) -> str:
@@ -83,9 +83,6 @@ class Tokenizer:
     def decode_bytes(self, ids: list[int]) -> bytes:
         """Ids beyond the vocabulary, which a padded head can name, decode to nothing."""
         return b"".join(self.bytes.get(id, b"") for id in ids)
-
-    def normalise(self, text: str) -> str:
-        return unicodedata.normalize(self.normal_form, text) if self.normal_form else text
 
     def unsupported(self, what: str) -> InputError:
         return InputError(
@@ -128,12 +125,11 @@ class Tokenizer:
         raise self.unsupported(f"a pre-tokenizer of the kind {' + '.join(map(str, kinds))}")
 
     def read_ranks(self, model: dict) -> dict[bytes, int]:
-        """{bytes of a token: its id}, which tiktoken takes as the rank of the merge that makes
-        it."""
+        """{bytes of a token: its id}, which is the rank of the merge that makes it."""
         byte_of = byte_alphabet()
         try:
             ranks = {
-                bytes(byte_of[character] for character in token): id
+                bytes(map(byte_of.__getitem__, token)): id
                 for token, id in model["vocab"].items()
                 if token not in self.added
             }
@@ -179,8 +175,7 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def load_tokenizer(path_or_hub_id: str) -> Tokenizer:
-    """The tokenizer of a model folder or Hub id. Raises InputError where its kind is not
-    supported."""
+    """The tokenizer of a model folder or Hub id. Raises InputError for an unsupported kind."""
     return Tokenizer(find_model(path_or_hub_id))
 
 
@@ -191,9 +186,8 @@ def pack_sequences(
     int64, at most `tokens` tokens in all (rounded up to whole sequences). The rest is dropped."""
     wanted = math.inf if tokens is None else -(-tokens // context) * context
     ids: list[int] = []
-    with progress(
-        total=tokens, desc="reading text", unit="tok", unit_scale=True, leave=False
-    ) as bar:
+    options = {"desc": "reading text", "unit": "tok", "unit_scale": True, "leave": False}
+    with progress(total=tokens, **options) as bar:
         for text in documents:
             before = len(ids)
             ids += tokenizer.encode(text) + list(eos[:1])

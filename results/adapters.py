@@ -5,7 +5,7 @@
 
 `keep` takes the adapters, in bfloat16, and the linear tails, in float32, out of a checkpoint.
 `merge` converts the original model in DIR, adds them, and writes a model folder OUT, which
-`python bench.py quality --model OUT --base DIR ...` measures.
+`python report.py OUT --base DIR ...` measures.
 """
 
 import argparse

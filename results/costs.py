@@ -11,7 +11,7 @@
     python results/costs.py rate MODEL B T [DTYPE]   tokens a second of distillation, B sequences of
                                                      T tokens a step
 
-SHAPE is one of bench.py's. DTYPE is bfloat16 unless given. On the CPU; each prints JSON.
+SHAPE is one of shapes.py's. DTYPE is bfloat16 unless given. On the CPU; each prints JSON.
 """
 
 import argparse
@@ -30,12 +30,12 @@ import torch
 
 import distill
 import kernels
-import roofline
 import scan
 from attention import WindowLinearAttention
 from engine import Engine, Request, prefill
 from measure import quantile
 from model import Model, convert, load_model
+from shapes import SHAPES, build_shape
 from tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
@@ -155,7 +155,7 @@ def healing(args) -> dict:
 
 def healing_peak(shape: str, recompute: bool, dtype: str) -> int:
     """After two steps of distillation."""
-    teacher = roofline.build_shape(shape, getattr(torch, dtype), "cpu")
+    teacher = build_shape(shape, getattr(torch, dtype), "cpu")
     step = healing_step(teacher, 1, 1024, recompute=recompute)
     step()
     step()
@@ -167,7 +167,7 @@ def healing_arithmetic(shape: str, dtype: str) -> dict[str, int]:
     average and two moments in float32; the input of each block; the logits of a slice of positions,
     student's and teacher's, and both as log-probabilities in float32."""
     size = getattr(torch, dtype).itemsize
-    hidden, intermediate, layers, H, G, D, vocabulary, tied = roofline.SHAPES[shape]
+    hidden, intermediate, layers, H, G, D, vocabulary, tied = SHAPES[shape]
     linears = [(hidden, H * D), (hidden, G * D), (hidden, G * D), (H * D, hidden)]
     linears += [(hidden, intermediate), (hidden, intermediate), (intermediate, hidden)]
     matrices = layers * sum(a * b for a, b in linears)
@@ -268,14 +268,15 @@ def profile(args):
 @torch.inference_mode()
 def profile_model(name: str, model: Model):
     for batch, context in ((1, 512), (16, 2048), (50, 768)):
-        engine = Engine(model, batch, compiled=True)
+        engine = Engine(model, batch, context, compiled=True)
         engine.live = [Request(torch.zeros(context), 1)] * batch
+        engine.mark_live()
         engine.cache.positions.fill_(context - 100)
         yield measure_run(f"step of {batch} x {context}", name, engine.step, 10)
 
     def read_prompt() -> None:
         prompt = torch.randint(0, 1000, (512,))
-        for _ in prefill(model, prompt, model.new_cache(1, 0)):
+        for _ in prefill(model, [prompt], model.new_cache(1, 0)):
             pass
 
     yield measure_run("prompt of 512", name, read_prompt, 5)
@@ -326,7 +327,7 @@ def main() -> None:
     add_command(scan_cost, "model").add_argument("dtype", **dtypes)
     add_command(memory)
     command = add_command(healing)
-    command.add_argument("shape", choices=roofline.SHAPES)
+    command.add_argument("shape", choices=SHAPES)
     command.add_argument("dtype", **dtypes)
     add_command(profile, "model").add_argument("dtype", **dtypes)
     command = add_command(rate, "model")

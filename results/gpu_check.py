@@ -46,6 +46,7 @@ from engine import Engine, Request, prefill, record
 from hub import read_documents
 from measure import quantile
 from model import Model, convert, load_model
+from shapes import build_shape
 from tokenizer import load_tokenizer, pack_sequences
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,7 +104,7 @@ def load_pair(shape: str) -> dict[str, Model]:
     """{"dense", "plan"} of a shape with random weights in bf16; in a dry run of the embedded
     model."""
     torch.manual_seed(0)
-    dense = load_tiny() if DRY else roofline.build_shape(shape, BF16, DEVICE)
+    dense = load_tiny() if DRY else build_shape(shape, BF16, DEVICE)
     return {"dense": dense, "plan": convert(dense, PLANS["tiny" if DRY else shape])}
 
 
@@ -712,7 +713,7 @@ def measure_serving(shape: str, clients: tuple[int, ...], compiled: bool = True)
     cpu.enabled = True
     memory = math.inf if DRY else 24 * 2**30
     prompt, output = (64, 16) if DRY else (256, 256)
-    load = SimpleNamespace(prompt=prompt, output=output, spread=0.25, seed=0, requests=None)
+    load = SimpleNamespace(prompt=prompt, output=output)
     longest = int(1.25 * prompt) + int(1.25 * output)
     this = measure_hardware()
     models = load_pair(shape)
@@ -746,7 +747,9 @@ def serve_clients(model: Model, slots: int, clients: int, load, compiled: bool) 
     engine = Engine(model, slots, longest, compiled)
     bench.warm_up(engine, load.prompt)
     wait()
-    return bench.serve_requests(engine, clients, bench.make_requests(load, clients, model))
+    return bench.serve_requests(
+        engine, clients, bench.make_requests(clients, load.prompt, load.output, model)
+    )
 
 
 class HealingCase(NamedTuple):

@@ -271,6 +271,23 @@ def make_trainable(student: Model, o: dict) -> dict[str, nn.Parameter]:
     return trained
 
 
+class MasterOptimizer(Optimizer):
+    """Trains float32 copies, and rounds them to weights that are bf16."""
+
+    def __init__(self, weights: dict[str, nn.Parameter]):
+        self.weights = weights
+        super().__init__({name: nn.Parameter(x.detach().float()) for name, x in weights.items()})
+
+    @torch.no_grad()
+    def step(self, rate: float, t: int) -> None:
+        for name, weight in self.weights.items():
+            self.trained[name].grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
+        super().step(rate, t)
+        for name, weight in self.weights.items():
+            weight.copy_(self.trained[name])
+
+
 class Optimizers:
     """Adam for most, at another rate for the tails where that is asked for, and Muon for the
     adapters where that is."""
@@ -286,9 +303,9 @@ class Optimizers:
             else:
                 rest[name] = parameter
         self.muon = Muon(list(factors.values()))
-        self.adams = [(Optimizer(rest), 1.0)] if rest else []
+        self.adams = [(MasterOptimizer(rest), 1.0)] if rest else []
         if fast:
-            self.adams.append((Optimizer(fast), o["tail_rate_factor"]))
+            self.adams.append((MasterOptimizer(fast), o["tail_rate_factor"]))
 
     def step(self, rate: float, transfer: bool, t: int) -> None:
         self.muon.step(rate)
@@ -405,7 +422,7 @@ def trial(teacher: Model, tokenizer, train: Tensor, valid: Tensor, tokens: int, 
     rate = heal(teacher, student, train[used:], steps, o)
 
     figures |= judge(teacher, student, valid)
-    figures["recall"] = passkey_recall(student, tokenizer, valid, (512, 2048), 2)["recall"]
+    figures["recall"] = passkey_recall(student, tokenizer, valid, (512, 2048), 2)
     return figures | {"tokens_per_second": rate, "seconds": time.monotonic() - started}
 
 

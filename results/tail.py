@@ -152,7 +152,7 @@ def main() -> None:
         report["variants"][name] = {
             "kl": by_position(kl, edges),
             "agreement": by_position(same, edges),
-            "recall": passkey_recall(model, tokenizer, ids, lengths, count)["recall"],
+            "recall": passkey_recall(model, tokenizer, ids, lengths, count),
         }
         print(f"{name}: done", file=sys.stderr)
 

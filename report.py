@@ -1,0 +1,203 @@
+"""The report: quality and speed of models side by side, as a table.
+
+    python report.py out/smollm2 --base DIR --valid TEXT --tasks FILE ...
+
+layerboost.py ends with the same table, of the untouched, the converted and the healed model. The
+last line that the command prints is one JSON document.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import measure
+from bench import decode_times, format_table
+from distill import Healing
+from engine import Engine
+from hub import C4, read_documents, require, write_json, write_text
+from machine import MACHINE_FLAGS, add_flags, at_least, pick_device, pick_dtype, run_program, say
+from model import Model, cache_bytes, load_model
+from tokenizer import Tokenizer, load_tokenizer, pack_sequences
+
+CONTEXT = 1024  # tokens of a sequence, and that each holds where decoding is timed
+DECODED = 32  # sequences that are decoded together
+
+
+def evaluate(
+    models: dict[str, Model],
+    base: Model,
+    tokenizer: Tokenizer,
+    valid: Tensor,
+    tasks: dict[str, list[dict]],
+    passkeys: int = 20,
+) -> dict[str, dict]:
+    """The figures of every model under its name: those of `measure.text_quality` on valid [N, T]
+    ids, recall of about `passkeys` passkeys, hidden in that text, at each of RECALL_LENGTHS that
+    the model has positions for, tasks, cache_bytes and decode_tokens_per_second."""
+    engines = {name: Engine(model, DECODED, CONTEXT) for name, model in models.items()}
+    times = decode_times(engines, CONTEXT, 12)
+    del engines  # and the memory of their caches
+
+    count = max(1, passkeys // len(measure.RECALL_DEPTHS))
+    report = measure.text_quality(models, base, tokenizer, valid)
+    for name, model in models.items():
+        figures = report[name]
+        reach = model.config.max_position_embeddings
+        lengths = tuple(length for length in measure.RECALL_LENGTHS if length <= reach)
+        figures["recall"] = measure.passkey_recall(model, tokenizer, valid, lengths, count)
+        figures["tasks"] = {
+            task: measure.task_quality(model, tokenizer, task, items)
+            for task, items in tasks.items()
+        }
+        figures["cache_bytes"] = {str(n): cache_bytes(model, n) for n in (1024, 8192)}
+        figures["decode_tokens_per_second"] = DECODED / measure.quantile(times[name], 0.5)
+        figures["plan"] = model.plan
+    return report
+
+
+def table(report: dict[str, dict]) -> str:
+    """What `evaluate` gives, a row for each figure and a column for each model."""
+    columns = [table_column(figures) for figures in report.values()]
+    labels = dict.fromkeys(itertools.chain(*columns))  # each once, in order
+    rows = [[label, *(column.get(label, "") for column in columns)] for label in labels]
+    return format_table([["", *report], *rows])
+
+
+def table_column(figures: dict) -> dict[str, str]:
+    """{label: figure} of one model."""
+    column = {
+        "bits per byte": f"{figures['bits_per_byte']:.3f}",
+        "perplexity": f"{figures['perplexity']:.2f}",
+        "KL to the base, nats/token": f"{figures['kl']:.4f}",
+        "top-1 agreement": f"{figures['agreement']:.1%}",
+    }
+    for length, recalled in figures["recall"].items():
+        column[f"passkey recall at {length}"] = f"{recalled:.0%}"
+    for task, result in figures["tasks"].items():
+        items = result["items"]
+        column[f"{task} accuracy ({items})"] = f"{result['accuracy']:.1%}"
+        if "accuracy_norm" in result:
+            column[f"{task} accuracy, per byte ({items})"] = f"{result['accuracy_norm']:.1%}"
+        if "perplexity" in result:
+            column[f"{task} perplexity ({items})"] = f"{result['perplexity']:.2f}"
+    for tokens, size in figures["cache_bytes"].items():
+        column[f"cache of a sequence of {tokens}, MiB"] = f"{size / 2**20:.2f}"
+    decoding = f"decode, tokens/s ({DECODED} sequences of {CONTEXT})"
+    return column | {decoding: f"{figures['decode_tokens_per_second']:,.0f}"}
+
+
+# --- the end of layerboost.py ------------------------------------------------------------------
+
+
+def write_report(
+    report: dict, curve: dict, settings: Healing, args, layers: list[dict], seconds: float
+) -> None:
+    """report.json, and report.md, which the terminal shows too, into args.out. `report` is what
+    `evaluate` gives for base, converted and healed, `layers` the scan."""
+    healed, converted = report["healed"], report["converted"]
+    plan = healed["plan"]
+    validation = ", ".join(f"{kl:.3f} at {tokens:,}" for tokens, kl in curve["valid"])
+    text = f"""
+# {Path(args.model).name}, boosted
+
+Plan `{plan}`: of {len(plan)} layers, {plan.count("S")} keep softmax attention (S),
+{plan.count("L")} see a window of {args.window} tokens, the first {args.sinks} and a
+linear-attention summary of the rest (L), {plan.count("X")} have no attention (X). Healed on
+{settings.trained_tokens:,} tokens.
+
+{table(report)}
+
+KL is how far the next-token distribution is from the base model's, top-1 agreement how often both
+name the same token; passkey recall is how often a number hidden in a text of that many tokens is
+repeated. `converted` is before healing.
+
+Validation KL while healing, on the first of these sequences: {validation}.
+
+KL {converted["kl"]:.4f} -> {healed["kl"]:.4f},
+agreement {converted["agreement"]:.1%} -> {healed["agreement"]:.1%}; {seconds / 60:.1f} min in all.
+"""
+    body = {
+        **report,
+        "plan": plan,
+        "healing": {"settings": asdict(settings), **curve},
+        "scan": layers,
+        "command": vars(args),
+        "seconds": round(seconds, 1),
+    }
+    write_json(Path(args.out) / "report.json", body)
+    write_text(Path(args.out) / "report.md", text.lstrip())
+    say(text)
+
+
+def continuation(model: Model, tokenizer: Tokenizer, valid: Tensor) -> str:
+    """Some words of the validation text as a model goes on with them, on one line; drawn with one
+    seed for all models."""
+    ids = valid[len(valid) // 2, None, :16].to(model.device)
+    start = tokenizer.decode(ids[0].tolist())
+    whole = tokenizer.decode(model.generate(ids, 40, temperature=0.7, top_k=40, seed=0)[0].tolist())
+    return " ".join(f"{start} >>>{whole[len(start) :]}".split())
+
+
+# --- command line ------------------------------------------------------------------------------
+
+
+TEXT_KINDS = ".txt, .jsonl, .jsonl.gz, a folder of them, or hub:DATASET/FILE"
+FLAGS = {
+    "model": {"base": (str, None, "the original to compare with [none]")},
+    "text": {
+        "valid": (str, C4, TEXT_KINDS),
+        "sequences": (at_least(1), 32, "of 1,024 tokens, of it"),
+        "passkeys": (at_least(1), 20, "hidden numbers to repeat, at each length"),
+        "tasks": (list, [], "question files [none]"),
+    },
+    "machine": MACHINE_FLAGS,
+}
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Measures a model on text, questions and passkeys, beside its original."
+    )
+    parser.add_argument("model", help="a folder or Hub id")
+    add_flags(parser, FLAGS)
+    return parser.parse_args(argv)
+
+
+def run(args) -> None:
+    tasks = measure.read_tasks(args.tasks)
+    device = pick_device(args.device)
+    dtype = getattr(torch, args.dtype or pick_dtype(device))
+    model = load_model(args.model, dtype=dtype, device=device)
+    base = load_model(args.base, dtype=dtype, device=device) if args.base else model
+    tokenizer = load_tokenizer(args.model)
+    config = model.config
+    require(
+        base.config.vocab_size == config.vocab_size,
+        f"--base {args.base}: has a vocabulary of {base.config.vocab_size}, {args.model} one of "
+        f"{config.vocab_size}; compare a model with its own original",
+    )
+
+    context = min(CONTEXT, config.max_position_embeddings)
+    documents = read_documents(args.valid, "--valid")
+    tokens = args.sequences * context
+    valid = pack_sequences(documents, tokenizer, config.eos_token_ids, context, tokens)
+    require(len(valid), f"--valid {args.valid}: too little text; give {context} tokens or more")
+    models = {"base": base, "model": model} if args.base else {"model": model}
+    report = evaluate(models, base, tokenizer, valid, tasks, args.passkeys)
+    print(table(report))
+    print(json.dumps(vars(args) | {"report": report}))
+
+
+def main(argv=None) -> int:
+    args = parse_arguments(argv)
+    return run_program("report", lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
