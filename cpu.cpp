@@ -66,7 +66,6 @@ struct Attention {
     // tail's terms phi(q)^T S and phi(q)^T z, at m = b. Query heads lie `stride` features apart.
     void add_tail(const float* phi_query, int64_t stride, const float* phi_key, const Number* left,
                   const float* b, float* S, float* z, int64_t features) {
-        std::copy_n(b, R, largest);
         for (int64_t f = 0; f < features; f++, S += D) {
             z[f] += phi_key[f];
             for (int d = 0; d < D; d++)
@@ -79,6 +78,9 @@ struct Attention {
                     numerator[r][d] += phi * S[d];
             }
         }
+        for (int r = 0; r < R; r++)
+            if (denominator[r] > 0) // else there is no tail yet
+                largest[r] = b[r];
     }
 
     // `count` keys and values, a block at a time. Query heads lie `stride` numbers apart.

@@ -25,6 +25,7 @@ Shapes: B batch, T tokens, H query heads, G key/value heads (each serves R = H /
 head size, F features, V vocabulary. This file needs torch alone.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -192,16 +193,12 @@ def softmax_step(
 
 
 def flash_runs(query: Tensor) -> bool:
-    """Whether `flash_attention` takes these queries: on a GPU, in half precision, without
-    gradients."""
+    """Whether `flash_attention` takes these queries: on a GPU from Ampere on, in half precision,
+    without gradients."""
     half = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0
-    return query.is_cuda and half and not torch.is_grad_enabled() and gpu_has_flash()
-
-
-@torch.compiler.assume_constant_result
-def gpu_has_flash() -> bool:
-    """Ampere or later."""
-    return torch.cuda.get_device_capability() >= (8, 0)
+    if not (query.is_cuda and half) or torch.is_grad_enabled():
+        return False
+    return torch.cuda.get_device_properties(query.device).major >= 8
 
 
 @torch.library.custom_op("layerboost::flash_attention", mutates_args=())
@@ -319,7 +316,7 @@ def naive_window_linear_attention(
     if phi_query is None:
         weights = torch.exp(scores - m)
     else:
-        b = tail_logit.view(-1, 1, 1)
+        b = tail_logit.view(-1, 1, 1).where(tail.any(-1, keepdim=True), -torch.inf)  # (H, T, 1)
         m = torch.maximum(m, b)
         linear = phi_query @ phi_key.repeat_interleave(ratio, 1).mT  # phi(q_t) . phi(k_i)
         weights = torch.exp(scores - m) + torch.exp(b - m) * linear * tail
@@ -355,9 +352,9 @@ def window_linear_attention(
         local = local_attention(query, key, value, past, window, chunk)
         local_numerator, local_denominator, local_m = local
 
-        # Both terms on one scale: m = max(max_i a_i, b).
-        b = tail_logit.view(-1, 1, 1)
-        m = torch.maximum(local_m, b.detach())  # (B, H, T, 1)
+        # Both terms on one scale: m = max(max_i a_i, b), without b where there is no tail yet.
+        b = tail_logit.view(-1, 1, 1).where(denominator > 0, -torch.inf)  # (B, H, T, 1)
+        m = torch.maximum(local_m, b.detach())
         local_scale = torch.exp(local_m - m)
         tail_scale = torch.exp(b - m)
         numerator = local_scale * local_numerator + tail_scale * numerator
@@ -490,14 +487,16 @@ def window_linear_step(
     unused = torch.arange(key.shape[2], device=key.device) >= end[:, None]
     scores = scores.float().masked_fill(unused[:, None, None], -torch.inf)
 
-    # Both terms on one scale: m = max(max_i a_i, b).
-    b = tail_logit.view(groups, -1, 1)
+    # Both terms on one scale: m = max(max_i a_i, b), without b where there is no tail yet.
+    phi_query = group_heads(phi_query, groups)  # (B, G, R, F)
+    tail_denominator = (phi_query * norm[:, :, None]).sum(-1, keepdim=True)
+    b = tail_logit.view(groups, -1, 1).where(tail_denominator > 0, -torch.inf)  # (B, G, R, 1)
     m = torch.maximum(scores.amax(-1, keepdim=True), b)
     local = torch.exp(scores - m)
-    tail = torch.exp(b - m) * group_heads(phi_query, groups)  # (B, G, R, F)
+    tail_scale = torch.exp(b - m)
 
-    numerator = local.to(value.dtype) @ value + tail @ state  # (B, G, R, D)
-    denominator = local.sum(-1, keepdim=True) + (tail * norm[:, :, None]).sum(-1, keepdim=True)
+    numerator = local.to(value.dtype) @ value + tail_scale * (phi_query @ state)  # (B, G, R, D)
+    denominator = local.sum(-1, keepdim=True) + tail_scale * tail_denominator
     return (numerator / denominator).view_as(query).to(query.dtype)
 
 
@@ -519,9 +518,10 @@ def logit_kl_gradient(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]
     return (p * (log_p - log_q)).sum(-1), (log_q.exp() - p).to(student.dtype)
 
 
-# Compiled, the passes over [rows, V] become two or three.
-compiled_logit_kl = torch.compile(logit_kl, dynamic=False)
-compiled_logit_kl_gradient = torch.compile(logit_kl_gradient, dynamic=False)
+@functools.cache
+def compiled(function):
+    """Compiled, the passes over [rows, V] become two or three."""
+    return torch.compile(function, dynamic=False)
 
 
 def slice_rows(device: torch.device) -> int:
@@ -536,9 +536,9 @@ class SlicedKL(torch.autograd.Function):
     tensor of [tokens, V] is ever alive."""
 
     @staticmethod
-    def forward(ctx, student, teacher, student_head, teacher_head, compiled):
-        kl_of = compiled_logit_kl if compiled else logit_kl
-        gradient_of = compiled_logit_kl_gradient if compiled else logit_kl_gradient
+    def forward(ctx, student, teacher, student_head, teacher_head, compile):
+        kl_of = compiled(logit_kl) if compile else logit_kl
+        gradient_of = compiled(logit_kl_gradient) if compile else logit_kl_gradient
         learns, head_learns = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
         grad_student = torch.empty_like(student) if learns else None
         grad_head = torch.zeros_like(student_head, dtype=torch.float32) if head_learns else None
@@ -578,9 +578,9 @@ def sliced_kl(
     teacher: Tensor,
     student_head: Tensor,
     teacher_head: Tensor,
-    compiled: bool = False,
+    compile: bool = False,
 ) -> Tensor:
     """Mean KL(teacher || student) per token. student, teacher [N, d]: hidden states after the final
     norm; the heads [V, d]. Gradients reach `student`, and `student_head` where it asks for them."""
-    total = SlicedKL.apply(student, teacher, student_head, teacher_head, compiled)
+    total = SlicedKL.apply(student, teacher, student_head, teacher_head, compile)
     return total / len(student)

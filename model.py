@@ -76,21 +76,23 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-# One program per tier and shape, for the layers of all models. Static shapes make faster code.
-compiled_forward = torch.compile(Block.forward, dynamic=False)
-# With a cache, one per tier, for any number of sequences and tokens.
-compiled_cached_forward = torch.compile(Block.forward, dynamic=True)
+@functools.cache
+def compiled_forward(any_size: bool):
+    """Block.forward compiled for the layers of all models: a program for each tier and, where it is
+    not for any size, shape, which makes faster code."""
+    return torch.compile(Block.forward, dynamic=any_size)
 
 
 def compiled_block(*arguments) -> Tensor:
     # Teacher and student, two lengths, three tiers: more programs than the usual limit of 8.
     with torch._dynamo.config.patch(recompile_limit=64):
-        return compiled_forward(*arguments)
+        return compiled_forward(any_size=False)(*arguments)
 
 
 def compiled_cached_block(*arguments) -> Tensor:
+    """With a cache, the number of sequences and tokens changes all the time."""
     with torch._dynamo.config.patch(recompile_limit=64):
-        return compiled_cached_forward(*arguments)
+        return compiled_forward(any_size=True)(*arguments)
 
 
 @dataclass

@@ -183,6 +183,16 @@ def test_all_scores_and_b_shifted_give_the_same(shift, form):
 
 
 @pytest.mark.parametrize("form", ALL_FORMS)
+def test_a_tail_that_does_not_exist_yet_weighs_nothing(form):
+    """However low the scores are beside b."""
+    query, key, value, phi_query, phi_key, b = random_inputs(9, "hedgehog")
+    key[..., -1] = key.shape[-1] ** 0.5
+    query[..., -1] = -200
+    out = form(query, key, value, phi_query, phi_key, b, 8, 2)
+    near(out, kernels.naive_softmax_attention(query, key, value), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("form", ALL_FORMS)
 def test_a_tail_that_outweighs_its_window_does_not_overflow(form):
     """exp(100) is no float32. Where there is a tail, it is all that counts from b = 60 on."""
     *inputs, b = random_inputs(60, "hedgehog")
@@ -243,6 +253,17 @@ def test_a_step_is_the_same_with_all_scores_and_b_shifted_by_15(module):
 
     near(step(15, 15), step(0, 0), rtol=2e-5, atol=2e-5)
     assert (step(15, 0) - step(0, 0)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("module", [kernels, pytest.param(cpu, marks=needs_cpp)])
+def test_a_step_without_a_tail_yet_is_softmax_attention(module):
+    arguments = [x[2:4].clone() for x in random_step(4, 4, 16)["window_linear_step"][:-4]]
+    local = arguments[:7]
+    local[0] *= 100  # scores far below b
+    expected = kernels.softmax_step(*(x.clone() for x in local))
+    phi_query, phi_key, left = arguments[7], torch.zeros(2, 4, 24), torch.zeros(2, 4, 16)
+    tail = (torch.full((4,), 500.0), torch.zeros(2, 4, 24, 16), torch.zeros(2, 4, 24))
+    near(module.window_linear_step(*local, phi_query, phi_key, left, *tail), expected)
 
 
 @needs_cpp
