@@ -19,6 +19,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -130,6 +131,20 @@ SIZES = {"step": "BGNF", "chunk": "BGTKSF", "row_product": "OI"}  # in the order
 DTYPES = {"float": torch.float32, "int": torch.int64}
 
 
+def parse_layout(layout: dict[str, str]) -> list[tuple]:
+    """(name, dtype or None for "number", shape, may be None, changes in place) of each tensor."""
+    arguments = []
+    for name, spec in layout.items():
+        kind, *letters = spec.split()
+        dtype = DTYPES.get(kind.strip("?!"))
+        arguments.append((name, dtype, "".join(letters), "?" in kind, "!" in kind))
+    return arguments
+
+
+# Parsed once, since every call is checked.
+ARGUMENTS = {function: parse_layout(layout) for function, layout in LAYOUTS.items()}
+
+
 def call(function: str, out: Tensor, *tensors: Tensor | None) -> Tensor:
     """Calls a function of cpu.cpp on `tensors`, which are as LAYOUTS has them. Returns `out`.
 
@@ -137,25 +152,26 @@ def call(function: str, out: Tensor, *tensors: Tensor | None) -> Tensor:
     shape, for one that changes in place and is not contiguous, for a part of a tail without the
     others, and for a position outside a cache.
     """
-    layout = LAYOUTS[function]
-    number = tensors[list(layout).index("weight" if function == "row_product" else "key")].dtype
+    number = tensors[1].dtype  # of the new key, the keys or the weight
     if number not in NUMBERS:
         raise ValueError(f"cpu.{function}: {number} is neither float32 nor bfloat16")
+
     sizes = {"1": 1}
     kept = [out]  # contiguous copies must live until the call is over
-    for (name, spec), x in zip(layout.items(), tensors, strict=True):
-        kind, *letters = spec.split()
-        if x is None and "?" in kind:
+    for (name, dtype, shape, optional, in_place), x in zip(
+        ARGUMENTS[function], tensors, strict=True
+    ):
+        if x is None and optional:
             kept.append(None)
             continue
-        dtype = DTYPES.get(kind.strip("?!"), number)
-        fits = x.device.type == "cpu" and x.dtype == dtype and x.dim() == len(letters)
-        if not fits or any(sizes.setdefault(k, n) != n for k, n in zip(letters, x.shape)):
+        dtype = dtype or number
+        fits = x.is_cpu and x.dtype == dtype and x.dim() == len(shape)
+        if not fits or any(sizes.setdefault(k, n) != n for k, n in zip(shape, x.shape)):
             raise ValueError(
                 f"cpu.{function}: {name} is {x.dtype} {tuple(x.shape)} on {x.device}, not {dtype} "
-                f"{' '.join(letters)} on cpu with {sizes}"
+                f"{' '.join(shape)} on cpu with {sizes}"
             )
-        if "!" in kind and not x.is_contiguous():
+        if in_place and not x.is_contiguous():
             raise ValueError(f"cpu.{function}: {name} changes in place and is not contiguous")
         kept.append(x.contiguous())
 
@@ -166,10 +182,9 @@ def call(function: str, out: Tensor, *tensors: Tensor | None) -> Tensor:
         raise ValueError(
             f"cpu.{function}: {sizes['H']} query heads on {sizes['G']} key/value heads"
         )
-    run = getattr(library(heads, sizes.get("D", 64), number), function)
-    run.restype = ctypes.c_bool
-    numbers = [ctypes.c_int64(sizes.get(letter, 0)) for letter in SIZES[function]]
-    pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in kept]
+    run = library(heads, sizes.get("D", 64), number)[function]
+    numbers = [sizes.get(letter, 0) for letter in SIZES[function]]
+    pointers = [None if x is None else x.data_ptr() for x in kept]
     if not run(*numbers, *pointers):
         raise ValueError(f"cpu.{function}: a position is outside the cache; call cache.resize")
     return out
@@ -185,11 +200,10 @@ def output_of(first: Tensor, *rest: Tensor | None) -> Tensor:
 def define_operator(function: str) -> None:
     """Makes a function an operator, so that it can be part of a compiled program."""
     arguments = []
-    for i, (name, spec) in enumerate(LAYOUTS[function].items()):
-        kind = spec.split()[0]
-        written = f"({chr(97 + i)}!)" if "!" in kind else ""
-        optional = "?" if "?" in kind else ""
-        arguments.append(f"Tensor{written}{optional} {name}" + ("=None" if optional else ""))
+    for i, (name, _, _, optional, in_place) in enumerate(ARGUMENTS[function]):
+        written = f"({chr(97 + i)}!)" if in_place else ""
+        mark, default = ("?", "=None") if optional else ("", "")
+        arguments.append(f"Tensor{written}{mark} {name}{default}")
 
     def run(*tensors):
         tensors += (None,) * (len(arguments) - len(tensors))
@@ -233,9 +247,10 @@ def try_compiler() -> bool:
 
 
 @functools.cache
-def library(heads: int, head_dim: int, dtype: torch.dtype) -> ctypes.CDLL:
-    """cpu.cpp for `heads` query heads a key/value head, built or found in the cache folder. Sums
-    may be taken in any order, as vector instructions do. Raises OSError or CalledProcessError."""
+def library(heads: int, head_dim: int, dtype: torch.dtype) -> dict[str, Callable[..., bool]]:
+    """The functions of cpu.cpp for `heads` query heads a key/value head, built or found in the
+    cache folder. Sums may be taken in any order, as vector instructions do. Raises OSError or
+    CalledProcessError."""
     command = [os.environ.get("CXX", "g++"), "-O3", "-march=native", "-fopenmp", "-std=c++17"]
     command += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-shared", "-fPIC"]
     command += [f"-DHEADS={heads}", f"-DHEAD_DIM={head_dim}", f"-DNUMBER={NUMBERS[dtype]}"]
@@ -252,7 +267,15 @@ def library(heads: int, head_dim: int, dtype: torch.dtype) -> ctypes.CDLL:
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)
-    return ctypes.CDLL(str(path))
+
+    functions = {}
+    for name, sizes in SIZES.items():
+        function = getattr(ctypes.CDLL(str(path)), name)
+        function.restype = ctypes.c_bool
+        pointers = len(LAYOUTS[name]) + 1  # the output's is the first
+        function.argtypes = [ctypes.c_int64] * len(sizes) + [ctypes.c_void_p] * pointers
+        functions[name] = function
+    return functions
 
 
 def cache_folder() -> Path:
