@@ -11,7 +11,8 @@ no module: the block skips its attention.
 x and y are [B, T, hidden_size]; rotary is the pair (cos, sin) of `apply_rotary` for these
 positions. A cache belongs to one layer and is filled in place; positions [B] counts the tokens that
 each sequence has in it. In a prefill of prompts of several lengths, `new` [B] counts the tokens of
-each; those after them are padding. The formulas are in kernels.py; cpu.py has faster twins of some.
+each; those after them are padding. The formulas are in kernels.py; cpu.py and gpu.py have faster
+twins of some.
 """
 
 import torch
@@ -19,8 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cpu
+import gpu
 import kernels
 from kernels import Past, apply_rotary, favor_projection, feature_map, feature_size, rms_norm
+
+
+def twin(name: str, x: Tensor):
+    """A function of kernels.py, or the faster one of its name that takes x."""
+    for module in (cpu, gpu):
+        if hasattr(module, name) and module.runs(x):
+            return getattr(module, name)
+    return getattr(kernels, name)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -109,13 +119,13 @@ class SoftmaxAttention(nn.Module):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """A whole sequence."""
-        return kernels.softmax_attention(query, key, value, None, self.sliding_window)
+        attend = twin("softmax_attention", key)
+        return attend(query, key, value, None, self.sliding_window)
 
     def step(self, query, key, value, cache: SoftmaxCache, positions: Tensor) -> Tensor:
         """One token of every sequence."""
         local = (query, key, value, positions, cache.key, cache.value, positions + 1)
-        step = cpu.softmax_step if cpu.runs(key) else kernels.softmax_step
-        return step(*local, self.sliding_window)
+        return twin("softmax_step", key)(*local, self.sliding_window)
 
     def prefill(self, query, key, value, cache: SoftmaxCache, positions: Tensor, new) -> Tensor:
         """The T tokens after `positions`. The keys of padding are stored, and overwritten before a
@@ -130,9 +140,8 @@ class SoftmaxAttention(nn.Module):
         slot = slot[:, None, :, None].expand_as(key)
         cache.key.scatter_(2, slot, key)
         cache.value.scatter_(2, slot, value)
-        return kernels.softmax_attention(
-            query, cache.key, cache.value, positions, self.sliding_window
-        )
+        attend = twin("softmax_attention", key)
+        return attend(query, cache.key, cache.value, positions, self.sliding_window)
 
     def new_cache(self, batch: int, max_tokens: int, dtype: torch.dtype, device) -> SoftmaxCache:
         return SoftmaxCache(self.config, batch, max_tokens, dtype, device)
@@ -241,7 +250,7 @@ class WindowLinearAttention(SoftmaxAttention):
         (key, value [B, G, window + T, D]). Returns it [B, H, T, D], and phi [B, G, T, F] of the
         token that leaves the window as each query arrives."""
         window, tokens = self.config.window, query.shape[2]
-        run = cpu.window_linear_attention if cpu.runs(key) else kernels.window_linear_attention
+        run = twin("window_linear_attention", key)
         if not self.has_tail:
             return run(query, key, value, None, None, None, past, window), None
 
@@ -258,8 +267,7 @@ class WindowLinearAttention(SoftmaxAttention):
         end = (positions + 1).clamp(max=cache.sinks + cache.window)  # slots before it are filled
         local = (query, key, value, slot, cache.key, cache.value)
         if not self.has_tail:
-            step = cpu.softmax_step if cpu.runs(key) else kernels.softmax_step
-            return step(*local, end)
+            return twin("softmax_step", key)(*local, end)
 
         # The token that leaves the window lies where the new one goes; without a window it is that.
         left_key = key[:, :, 0]
@@ -273,9 +281,8 @@ class WindowLinearAttention(SoftmaxAttention):
         phi_query = self.query_features(query, positions[:, None])
         phi_key = feature_map(left_key[:, :, None], self.config.feature_map, self.key_map)[:, :, 0]
         phi_key = phi_key * joins[:, None, None]  # (B, G, F)
-        step = cpu.window_linear_step if cpu.runs(key) else kernels.window_linear_step
         tail = (phi_query, phi_key, left_value, self.tail_logit, cache.state, cache.norm)
-        return step(*local, end, *tail)
+        return twin("window_linear_step", key)(*local, end, *tail)
 
     def prefill(self, query, key, value, cache: WindowLinearCache, positions, new) -> Tensor:
         """The parallel form from the cache's state on, then the cache as it is after the last

@@ -140,10 +140,6 @@ def softmax_attention(
     Returns [B, H, T, D].
     """
     tokens = query.shape[2]
-    if flash_runs(query):
-        end = torch.full((len(query),), tokens, device=query.device)
-        end = end if start is None else start + tokens
-        return flash_attention(query, key, value, end, sliding_window or 0).transpose(1, 2)
     if start is None and not (sliding_window and tokens > sliding_window):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
@@ -183,68 +179,11 @@ def softmax_step(
     [B, G, room, D], in place; then one query a sequence [B, H, 1, D] sees the slots before `end`
     [B], the last `sliding_window` of them. Returns [B, H, 1, D]."""
     write_slot(key, value, slot, new_key, new_value)
-    if flash_runs(query):
-        return flash_attention(query, key, value, end, sliding_window or 0).transpose(1, 2)
     i = torch.arange(key.shape[2], device=key.device)
     seen = i < end[:, None]  # (B, room)
     if sliding_window:
         seen &= i >= end[:, None] - sliding_window
     return attend(query, key, value, seen[:, None])
-
-
-def flash_runs(query: Tensor) -> bool:
-    """Whether `flash_attention` takes these queries: on a GPU from Ampere on, in half precision,
-    without gradients."""
-    half = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0
-    if not (query.is_cuda and half) or torch.is_grad_enabled():
-        return False
-    return torch.cuda.get_device_properties(query.device).major >= 8
-
-
-@torch.library.custom_op("layerboost::flash_attention", mutates_args=())
-def flash_attention(
-    query: Tensor, key: Tensor, value: Tensor, end: Tensor, sliding_window: int
-) -> Tensor:
-    """FlashAttention-2 (arXiv 2307.08691) as torch brings it, on a cache as it lies.
-
-    query [B, H, T, D]: the last T tokens of each sequence; key, value [B, G, room, D], of which the
-    slots before `end` [B] are in use: no others are read. 0 for no sliding window. Returns
-    [B, T, H, D]. Unlike `F.scaled_dot_product_attention` it takes a length for each sequence and
-    the causal rule from there on; cuDNN's form of that needs 70 ms to plan for each new length.
-    """
-    B, H, T, D = query.shape
-    G, room = key.shape[1:3]
-    if key.stride() != value.stride():
-        key, value = key.contiguous(), value.contiguous()
-
-    # All tokens in one row [tokens, G, D], as the kernel wants them: a view in any layout.
-    token_stride = key.stride(2)
-    apart = key.stride(0) // token_stride  # from one sequence to the next, in tokens
-    size = (apart * (B - 1) + room, G, D)
-    strides = (token_stride, key.stride(1), 1)
-    first = torch.arange(B + 1, dtype=torch.int32, device=query.device)
-    out, *_ = torch.ops.aten._flash_attention_forward(
-        query.transpose(1, 2).contiguous().view(B * T, H, D),
-        key.as_strided(size, strides),
-        value.as_strided(size, strides),
-        first * T,
-        first * apart,
-        T,
-        room,
-        0.0,  # dropout
-        T > 1,  # causal
-        False,
-        window_size_left=sliding_window - 1 if sliding_window else None,
-        window_size_right=0 if sliding_window else None,
-        seqused_k=end.to(torch.int32),
-    )
-    return out.view(B, T, H, D)
-
-
-@flash_attention.register_fake
-def _(query, key, value, end, sliding_window):
-    B, H, T, D = query.shape
-    return query.new_empty(B, T, H, D)
 
 
 def write_slot(

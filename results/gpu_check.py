@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench
 import cpu
 import distill
+import gpu
 import kernels
 import roofline
 from attention import SoftmaxAttention, WindowLinearAttention
@@ -504,6 +505,7 @@ def check_command_line() -> None:
 
 # Of the shape of Llama-3.1-8B.
 B, H, G, D = 16, 32, 8, 128
+gpu_form = gpu if CUDA else kernels
 
 
 @torch.inference_mode()
@@ -565,7 +567,7 @@ def probe_step(room: int, mixed: bool) -> None:
         used = torch.linspace(room // 16, room, B, device=DEVICE).long()
     seen = (torch.arange(room, device=DEVICE) < used[:, None])[:, None]
     forms = {
-        "softmax_step": lambda: kernels.softmax_step(q, new_key, new_value, used - 1, k, v, used),
+        "softmax_step": lambda: gpu_form.softmax_step(q, new_key, new_value, used - 1, k, v, used),
         "masked": lambda: kernels.attend(q, k, v, seen),
     }
     size = 4 * G * D * int(used.sum())
@@ -579,7 +581,7 @@ def probe_chunk(tokens: int, past: int) -> None:
     position = torch.full((1,), past, device=DEVICE)
     seen = torch.ones(tokens, past + tokens, dtype=torch.bool, device=DEVICE).tril(past)
     forms = {
-        "softmax_attention": lambda: kernels.softmax_attention(q, k, v, position),
+        "softmax_attention": lambda: gpu_form.softmax_attention(q, k, v, position),
         "masked": lambda: F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True),
     }
     figures = {"tokens": tokens, "past": past}
@@ -594,7 +596,7 @@ def probe_lengths() -> None:
         k = random_heads(1, G, tokens, D)
         wait()
         start = time.perf_counter()
-        kernels.softmax_attention(q, k, k)
+        gpu_form.softmax_attention(q, k, k)
         wait()
         times.append(round(1e3 * (time.perf_counter() - start), 2))
     emit(first_call_of_a_length_ms=times)

@@ -1,0 +1,80 @@
+"""The functions of kernels.py that run faster on a GPU: tier S through flash attention.
+
+Each twin takes and gives what its original does. `runs(x)` says whether it can be used: on a GPU
+from Ampere on, in half precision, without gradients. Nothing is built for it; tier L needs none,
+since torch.compile fuses it.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import write_slot
+
+
+def runs(x: Tensor) -> bool:
+    """Whether the twins take x, a key."""
+    half = x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] % 8 == 0
+    if not (x.is_cuda and half) or torch.is_grad_enabled():
+        return False
+    return torch.cuda.get_device_properties(x.device).major >= 8
+
+
+def softmax_attention(query, key, value, start=None, sliding_window: int | None = None) -> Tensor:
+    tokens = query.shape[2]
+    end = (
+        torch.full((len(query),), tokens, device=query.device) if start is None else start + tokens
+    )
+    return flash_attention(query, key, value, end, sliding_window or 0).transpose(1, 2)
+
+
+def softmax_step(
+    query, new_key, new_value, slot, key, value, end, sliding_window: int | None = None
+) -> Tensor:
+    write_slot(key, value, slot, new_key, new_value)
+    return flash_attention(query, key, value, end, sliding_window or 0).transpose(1, 2)
+
+
+@torch.library.custom_op("layerboost::flash_attention", mutates_args=())
+def flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, end: Tensor, sliding_window: int
+) -> Tensor:
+    """FlashAttention-2 (arXiv 2307.08691) as torch brings it, on a cache as it lies.
+
+    query [B, H, T, D]: the last T tokens of each sequence; key, value [B, G, room, D], of which the
+    slots before `end` [B] are in use: no others are read. 0 for no sliding window. Returns
+    [B, T, H, D]. Unlike `F.scaled_dot_product_attention` it takes a length for each sequence and
+    the causal rule from there on; cuDNN's form of that needs 70 ms to plan for each new length.
+    """
+    B, H, T, D = query.shape
+    G, room = key.shape[1:3]
+    if key.stride() != value.stride():
+        key, value = key.contiguous(), value.contiguous()
+
+    # All tokens in one row [tokens, G, D], as the kernel wants them: a view in any layout.
+    token_stride = key.stride(2)
+    apart = key.stride(0) // token_stride  # from one sequence to the next, in tokens
+    size = (apart * (B - 1) + room, G, D)
+    strides = (token_stride, key.stride(1), 1)
+    first = torch.arange(B + 1, dtype=torch.int32, device=query.device)
+    out, *_ = torch.ops.aten._flash_attention_forward(
+        query.transpose(1, 2).contiguous().view(B * T, H, D),
+        key.as_strided(size, strides),
+        value.as_strided(size, strides),
+        first * T,
+        first * apart,
+        T,
+        room,
+        0.0,  # dropout
+        T > 1,  # causal
+        False,
+        window_size_left=sliding_window - 1 if sliding_window else None,
+        window_size_right=0 if sliding_window else None,
+        seqused_k=end.to(torch.int32),
+    )
+    return out.view(B, T, H, D)
+
+
+@flash_attention.register_fake
+def _(query, key, value, end, sliding_window):
+    B, H, T, D = query.shape
+    return query.new_empty(B, T, H, D)
