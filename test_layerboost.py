@@ -33,6 +33,7 @@ import bench
 import cpu
 import distill
 import engine as engine_module
+import gpu
 import kernels
 import layerboost
 import machine
@@ -308,6 +309,64 @@ def test_softmax_attention_reads_no_keys_beyond_its_queries(
     start = torch.full((2,), keys - tokens)
     out = kernels.softmax_attention(query[:, :, -tokens:], key, value, start, sliding_window)
     assert (out.float() - exact).norm() / exact.norm() < tolerance
+
+
+def flash_by_its_documentation(
+    query,
+    key,
+    value,
+    first_query,
+    first_key,
+    most_queries,
+    most_keys,
+    dropout,
+    causal,
+    debug,
+    **more,
+):
+    """What aten._flash_attention_forward does on a GPU: rows of all sequences one after the other,
+    from `first` on; of the keys, `seqused_k` are in use; the last query sees the last of them."""
+    out = torch.empty_like(query)
+    left = more["window_size_left"]
+    for b, used in enumerate(more["seqused_k"].tolist()):
+        queries = slice(int(first_query[b]), int(first_query[b + 1]))
+        keys = slice(int(first_key[b]), int(first_key[b]) + used)
+        q, k, v = (x.transpose(0, 1)[None] for x in (query[queries], key[keys], value[keys]))
+        tokens = q.shape[2]
+        q = F.pad(q, (0, 0, used - tokens, 0))
+        window = None if left is None else left + 1
+        out[queries] = kernels.naive_softmax_attention(q, k, v, window)[0, :, -tokens:].transpose(
+            0, 1
+        )
+    assert causal or most_queries == 1
+    return out, None, None, None, None
+
+
+@pytest.mark.parametrize("sliding_window", [None, 7])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_flash_attention_gets_the_cache_as_it_lies(tokens, sliding_window, monkeypatch):
+    """The first of its sequences, of several lengths; and a prompt as its projections lie."""
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_by_its_documentation)
+    query, key, value = random_leaves(20, "none", batch=3)[:3]
+    query, key, value = query[:2, :, :tokens], key[:2], value[:2]
+    start = torch.tensor([12, 3])
+    out = gpu.softmax_attention(query, key, value, start, sliding_window)
+    near(out, kernels.softmax_attention(query, key, value, start, sliding_window))
+
+    key, value = (
+        x[:, :, :tokens].transpose(1, 2).contiguous().transpose(1, 2) for x in (key, value)
+    )
+    out = gpu.softmax_attention(query, key, value, None, sliding_window)
+    near(out, kernels.softmax_attention(query, key, value, None, sliding_window))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_flash_attention_as_an_operator():
+    query, key, value = (x.cuda().bfloat16() for x in random_leaves(20, "none")[:3])
+    end = torch.tensor([20, 20], device="cuda")
+    torch.library.opcheck(
+        gpu.flash_attention, (query[..., :8], key[..., :8], value[..., :8], end, 0)
+    )
 
 
 def test_performer_features_estimate_the_softmax_kernel():
