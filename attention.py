@@ -1,8 +1,8 @@
 """The tiers of a plan as modules with one interface.
 
 S is `SoftmaxAttention`, the attention that a pretrained model comes with. L is
-`WindowLinearAttention`: the same projections, and a feature map and one logit per head more. X has
-no module: the block skips its attention.
+`WindowLinearAttention`: the same projections, and a feature map and one logit per head more. X is
+`LinearMap`, what stands where attention was removed, or nothing: then the block skips it.
 
     y = attention(x, rotary)                     a whole sequence, for training and evaluation
     y = attention(x, rotary, cache, positions)   the next T tokens of every sequence: a prefill in
@@ -182,14 +182,14 @@ class WindowLinearAttention(SoftmaxAttention):
 
     def __init__(self, config, layer: int):
         super().__init__(config, layer)
-        for name, value in self.initial_tail().items():
+        for name, value in self.initial_parameters().items():
             setattr(self, name, nn.Parameter(value))
 
     @property
     def has_tail(self) -> bool:
         return self.config.feature_map != "none"
 
-    def initial_tail(self) -> dict[str, Tensor]:
+    def initial_parameters(self) -> dict[str, Tensor]:
         """The tail's parameters before any training: W the identity, and b = 0 for features that
         are normalised, so that the tail starts faint against the window; -8 for elu and relu, whose
         features grow with q and k."""
@@ -330,4 +330,31 @@ def across_heads(index: Tensor, x: Tensor) -> Tensor:
     return index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
 
 
-TIERS = {"S": SoftmaxAttention, "L": WindowLinearAttention}
+# --- tier X ------------------------------------------------------------------------------------
+
+
+class LinearMap(nn.Module):
+    """Tier X: attention removed, and W x + c in its place, of one token alone. fit.py finds W and c
+    (Neural Block Linearization, arXiv 2505.21077)."""
+
+    def __init__(self, config, layer: int):
+        super().__init__()
+        self.map = Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, rotary, cache=None, positions=None, new=None) -> Tensor:
+        return self.map(x)
+
+    def initial_parameters(self) -> dict[str, Tensor]:
+        """Zero, which is nothing, before it is fitted."""
+        size = self.map.in_features
+        return {"map.weight": torch.zeros(size, size), "map.bias": torch.zeros(size)}
+
+    def new_cache(self, batch: int, max_tokens: int, dtype: torch.dtype, device) -> None:
+        return None
+
+
+def tier_of(config, layer: int) -> type[nn.Module] | None:
+    """The module of a layer; None where nothing stands for its attention."""
+    tiers = {"S": SoftmaxAttention, "L": WindowLinearAttention}
+    tiers["X"] = LinearMap if config.removed == "linear" else None
+    return tiers[config.plan[layer]]

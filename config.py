@@ -2,8 +2,8 @@
 settings.
 
 A plan is one letter per layer and the whole configuration of a conversion: S softmax attention, L
-sliding-window linear attention, X none. A converted folder has it in config.json under
-"layerboost".
+sliding-window linear attention, X a linear map or nothing. A converted folder has it in config.json
+under "layerboost".
 """
 
 from dataclasses import dataclass, field
@@ -12,6 +12,7 @@ from pathlib import Path
 from hub import InputError, read_json, require
 from kernels import FEATURE_MAPS
 
+REMOVED = ("linear", "nothing")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_FIELDS = {
     "default": (),
@@ -43,6 +44,7 @@ class Config:
     sliding_windows: tuple  # per layer: how far softmax attention sees, None for all
     eos_token_ids: tuple[int, ...]
     plan: str  # one letter per layer: S softmax, L sliding-window linear, X removed
+    removed: str = "nothing"  # what stands where attention is removed, or "linear"
     window: int = 64
     sinks: int = 4
     feature_map: str = "hedgehog"
@@ -86,7 +88,7 @@ def read_config(folder: Path) -> Config:
     except KeyError as missing:
         raise InputError(f"{path}: {missing} is missing") from None
 
-    for name in ("window", "sinks", "feature_map", "healed_context"):
+    for name in ("removed", "window", "sinks", "feature_map", "healed_context"):
         setattr(config, name, boosted.get(name, getattr(config, name)))
     check_settings(config)
     return config
@@ -162,6 +164,7 @@ def parse_plan(text: str, layers: int) -> str:
 
 def check_settings(config: Config) -> None:
     parse_plan(config.plan, config.num_hidden_layers)
+    require(config.removed in REMOVED, f"--removed {config.removed!r}: use linear or nothing")
     name, known = config.feature_map, ", ".join(FEATURE_MAPS)
     require(name in FEATURE_MAPS, f"--feature-map {name!r}: use one of {known}")
     require(

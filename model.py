@@ -2,7 +2,7 @@
 generation.
 
     x = embed(ids)
-    for each layer:   x = x + attention(norm(x))     of the tier in the plan; none for X
+    for each layer:   x = x + attention(norm(x))     of the tier in the plan
                       x = x + mlp(norm(x))
     logits = head(norm(x))
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import TIERS, Linear, RMSNorm, SoftmaxCache, linear
+from attention import Linear, RMSNorm, SoftmaxCache, linear, tier_of
 from config import Config, check_settings, parse_plan, read_config
 from hub import (
     TOKENIZER_FILES,
@@ -59,12 +59,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer; `self_attn` is None for X."""
+    """One layer; `self_attn` is None where nothing stands for an attention that was removed."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
-        tier = TIERS.get(config.plan[layer])
+        tier = tier_of(config, layer)
         self.input_layernorm = tier and RMSNorm(size, eps)
         self.self_attn = tier and tier(config, layer)
         self.post_attention_layernorm = RMSNorm(size, eps)
@@ -333,12 +333,18 @@ def weight_bytes(model: Model) -> int:
 
 
 def convert(
-    model: Model, plan: str, window: int = 64, sinks: int = 4, feature_map: str = "hedgehog"
+    model: Model,
+    plan: str,
+    window: int = 64,
+    sinks: int = 4,
+    feature_map: str = "hedgehog",
+    removed: str = "nothing",
 ) -> Model:
     """A model with another plan that shares the weights of `model`: no tensor is copied. L layers
-    that `model` does not have, or has with other settings, start with an untrained tail. Raises
-    InputError for a layer that has no attention left."""
-    settings = {"window": window, "sinks": sinks, "feature_map": feature_map}
+    that `model` does not have, or has with other settings, start with an untrained tail, X layers
+    with a map that is zero (`fit.fit_maps` finds a better one). Raises InputError for a layer that
+    has no attention left."""
+    settings = {"window": window, "sinks": sinks, "feature_map": feature_map, "removed": removed}
     config = replace(model.config, plan=plan, **settings)
     check_settings(config)
     with torch.device("meta"):
@@ -347,14 +353,16 @@ def convert(
     same_settings = all(getattr(model.config, name) == value for name, value in settings.items())
     weights = dict(model.named_parameters())
     for i, (old_tier, tier) in enumerate(zip(model.plan, plan)):
-        if old_tier == "X" and tier != "X":
+        if old_tier == "X" and (tier != "X" or removed != model.config.removed):
             raise InputError(
                 f"--plan {plan}: layer {i} has no attention left in this model; "
                 "start from the original"
             )
-        if tier == "L" and not (old_tier == "L" and same_settings):
-            for name, x in new.layers[i].self_attn.initial_tail().items():
-                weights[f"layers.{i}.self_attn.{name}"] = nn.Parameter(x.to(model.device))
+        attention = new.layers[i].self_attn
+        if tier == "L" and not (old_tier == "L" and same_settings) or tier == "X" != old_tier:
+            for name, x in attention.initial_parameters().items() if attention else ():
+                dtype = x.dtype if FLOAT32.search(name) else model.norm.weight.dtype
+                weights[f"layers.{i}.self_attn.{name}"] = nn.Parameter(x.to(model.device, dtype))
 
     new.load_state_dict({name: weights[name] for name, _ in new.named_parameters()}, assign=True)
     new.frequencies = model.frequencies
@@ -371,6 +379,7 @@ def load_model(
     window: int = 64,
     sinks: int = 4,
     feature_map: str = "hedgehog",
+    removed: str = "nothing",
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     revision: str | None = None,
@@ -378,9 +387,9 @@ def load_model(
     """A model from a folder or the Hub, with its own plan or converted to `plan` (letters, or
     uniform:L).
 
-    window, sinks and feature_map are for a `plan` that is given; a converted folder brings its own.
-    The parameters do not ask for gradients. Raises InputError where the folder, the Hub or a tensor
-    is not as it should be."""
+    window, sinks, feature_map and removed are for a `plan` that is given; a converted folder brings
+    its own. The parameters do not ask for gradients. Raises InputError where the folder, the Hub or
+    a tensor is not as it should be."""
     folder = find_model(path_or_hub_id, revision)
     config = read_config(folder)
     with torch.device("meta"):
@@ -391,7 +400,8 @@ def load_model(
     model.requires_grad_(False).eval()
     if plan is None:
         return model
-    return convert(model, parse_plan(plan, len(model.layers)), window, sinks, feature_map)
+    plan = parse_plan(plan, len(model.layers))
+    return convert(model, plan, window, sinks, feature_map, removed)
 
 
 def read_weights(folder: Path, model: Model, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
@@ -464,6 +474,7 @@ def save_model(model: Model, folder: str | Path, source: str | Path) -> None:
         raw["layerboost"] = {
             "base_model_type": config.model_type,
             "plan": config.plan,
+            "removed": config.removed,
             "window": config.window,
             "sinks": config.sinks,
             "feature_map": config.feature_map,

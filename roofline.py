@@ -70,7 +70,9 @@ def step_costs(model: Model, batch: int, context: int) -> dict[str, tuple[float,
     attention = 2 * (H + G) * D * config.hidden_size
     mlp = 3 * config.hidden_size * config.intermediate_size
     head = config.vocab_size * config.hidden_size
+    stand_ins = model.plan.count("X") if config.removed == "linear" else 0
     weights = (softmax_layers + linear_layers) * attention + len(model.plan) * mlp
+    weights += stand_ins * config.hidden_size**2
     maps = linear_layers * (H + G) * D * D if F else 0  # float32
 
     tokens = softmax_layers * batch * context

@@ -47,6 +47,7 @@ from attention import SoftmaxAttention, WindowLinearAttention, linear
 from config import read_config
 from conftest import GOLDEN, TIERS, boosted, needs_cpp, short_run, write_model
 from engine import Engine, Request, move_sequences, prefill
+from fit import Moments, fit_maps
 from golden.make_golden import CONFIGS, NASTY, SMALL, golden_ids
 from hub import InputError, read_documents
 from kernels import Past, feature_map, naive_window_linear_attention
@@ -865,6 +866,50 @@ def test_compiled_blocks_equal_eager_ones(llama):
     expected = model(ids)
     model.compiled_shapes.add((2, 96))
     near(model(ids), expected, rtol=1e-4, atol=1e-4)
+
+
+# --- what stands where attention is removed ------------------------------------------------------
+
+
+def test_a_map_is_that_of_least_squares():
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 3, 200, 12)
+    y += x @ torch.randn(12, 12) + 5
+    moments = Moments(12, x.device)
+    for part in range(3):
+        moments.add(x[part], y[part])
+    weight, bias = moments.solve(ridge=0.0)
+
+    inputs = torch.cat((x, torch.ones(3, 200, 1)), dim=-1).flatten(0, 1).double()
+    expected = torch.linalg.lstsq(inputs, y.flatten(0, 1).double()).solution  # (13, 12)
+    near(weight, expected[:12].T, rtol=1e-8, atol=1e-8)
+    near(bias, expected[12], rtol=1e-8, atol=1e-8)
+
+
+def test_maps_are_nothing_before_they_are_fitted_and_closer_to_the_original_after(llama, tmp_path):
+    original = load_model(str(llama))
+    ids = torch.randint(0, 700, (8, 64), generator=torch.Generator().manual_seed(0))
+    expected = original(ids)
+    nothing = convert(original, "XSX")(ids)
+    model = convert(original, "XSX", removed="linear")
+    near(model(ids), nothing)
+
+    fit_maps(original, model, ids)
+    fitted = model(ids)
+    assert (fitted - expected).norm() < 0.5 * (nothing - expected).norm()
+
+    save_model(model, tmp_path, llama)
+    near(load_model(str(tmp_path))(ids), fitted)
+    cache = model.new_cache(8, 64)
+    parts = [model(part, cache) for part in ids.split((30, 1, 33), dim=1)]
+    near(torch.cat(parts, dim=1), fitted, rtol=1e-4, atol=1e-4)
+
+
+def test_maps_are_healed_as_linear_layers_are(llama):
+    original = load_model(str(llama))
+    student = convert(original, "XSX", removed="linear")
+    trained = distill.prepare(student, distill.Healing(512, context=64, long_context=64))
+    assert {"layers.0.self_attn.map.A", "layers.2.self_attn.map.B"} <= set(trained)
 
 
 # --- the tokenizer -------------------------------------------------------------------------------

@@ -1,0 +1,80 @@
+"""What stands where attention is removed: the linear map that comes closest to it.
+
+An X layer gets y = W x + c in the place of its attention, x the block's normed input. Over the
+tokens of a text, W and c minimise the mean of |W x + c - y|^2, so that (with C_xx, C_yx the
+covariances)
+
+    c = E[y] - W E[x]        W = C_yx (C_xx + lambda I)^-1
+
+(Neural Block Linearization, arXiv 2505.21077, section 3; lambda keeps W small in directions that
+the text hardly has). A map sees one token alone and keeps no cache; its d^2 weights are fewer than
+those of the attention that it replaces.
+
+The maps are fitted from front to back, on the stream that they will meet: x is of the altered
+model, where all layers before are altered already, and y leads back to the original's stream, so a
+map also takes out what the layers before have left.
+"""
+
+import torch
+from torch import Tensor
+
+from machine import progress
+from model import Block, Model
+
+RIDGE = 1e-2  # lambda, as a share of the mean variance of an input
+BATCH = 4  # sequences that run together
+
+
+class Moments:
+    """Sums over tokens of x and y [..., d], and of their products, in float64: the covariances are
+    small differences of large sums."""
+
+    def __init__(self, size: int, device: torch.device):
+        options = {"dtype": torch.float64, "device": device}
+        self.count = 0
+        self.x, self.y = torch.zeros(2, size, **options)
+        self.xx, self.yx = torch.zeros(2, size, size, **options)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        x, y = x.flatten(0, -2).double(), y.flatten(0, -2).double()
+        self.count += len(x)
+        self.x += x.sum(0)
+        self.y += y.sum(0)
+        self.xx += x.T @ x
+        self.yx += y.T @ x
+
+    def solve(self, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+        """W [d, d] and c [d]."""
+        mean_x, mean_y = self.x / self.count, self.y / self.count
+        xx = self.xx / self.count - mean_x[:, None] * mean_x
+        yx = self.yx / self.count - mean_y[:, None] * mean_x
+        xx.diagonal().add_(ridge * xx.diagonal().mean())
+        weight = torch.linalg.solve(xx, yx, left=False)
+        return weight, mean_y - weight @ mean_x
+
+
+def fit_map(theirs: Block, ours: Block, their_stream, our_stream, rotary) -> None:
+    """Fits the map of an X layer, in place. theirs: the original's layer; the streams are those
+    that enter both layers, a list of [B, T, d] each."""
+    moments = None
+    for x, y in zip(their_stream, our_stream, strict=True):
+        attended = x + theirs.self_attn(theirs.input_layernorm(x), rotary)
+        moments = moments or Moments(x.shape[-1], x.device)
+        moments.add(ours.input_layernorm(y), attended - y)
+    weight, bias = moments.solve()
+    ours.self_attn.map.weight.copy_(weight)
+    ours.self_attn.map.bias.copy_(bias)
+
+
+@torch.inference_mode()
+def fit_maps(original: Model, altered: Model, ids: Tensor) -> None:
+    """Fits the maps of all X layers, in place, on text ids [N, T]."""
+    their_stream = [original.embed_tokens(part) for part in ids.to(original.device).split(BATCH)]
+    our_stream = their_stream
+    rotary = original.rotary(ids.shape[1])
+    last = altered.plan.rindex("X")
+    for i in progress(range(last + 1), desc="fitting maps", unit="layer", leave=False):
+        if altered.plan[i] == "X":
+            fit_map(original.layers[i], altered.layers[i], their_stream, our_stream, rotary)
+        our_stream = [altered.run_layers(x, i, i + 1) for x in our_stream]
+        their_stream = [original.run_layers(x, i, i + 1) for x in their_stream]
