@@ -343,6 +343,18 @@ def test_a_prompt_without_tokens_is_refused(llama):
         load_model(str(llama)).generate(torch.zeros(1, 0, dtype=torch.int64), 5)
 
 
+@pytest.mark.parametrize("ids", ["text", ["text"], [[1, 2], [3]], [1.5], torch.tensor(3), None])
+def test_what_is_no_ids_is_told_to_encode_text_first(ids, llama):
+    model = load_model(str(llama))
+    with pytest.raises(TypeError, match="encode text with the tokenizer first"):
+        model.generate(ids, 5)
+
+
+def test_several_rows_are_no_text(llama):
+    with pytest.raises(ValueError, match=r"not \[2, 3\]; give a row"):
+        load_tokenizer(str(llama)).decode(torch.zeros(2, 3, dtype=torch.int64))
+
+
 def lowercase(spec):
     spec["normalizer"] = {"type": "Lowercase"}
 

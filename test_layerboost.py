@@ -15,9 +15,11 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import timeit
 from collections import deque
@@ -531,6 +533,20 @@ def test_generation_repeats_under_a_seed(llama):
     assert torch.equal(model.generate(ids, 0), ids)
 
 
+def test_ids_are_taken_in_every_form_that_people_guess(llama):
+    model, tokenizer = load_model(str(llama)), load_tokenizer(str(llama))
+    ids = tokenizer.encode("the key of")
+    assert type(ids) is list and type(ids[0]) is int
+    expected = model.generate(torch.tensor([ids]), 5)
+    for form in (ids, [ids], torch.tensor(ids), torch.tensor(ids, dtype=torch.int32)):
+        assert torch.equal(model.generate(form, 5), expected)
+    assert torch.equal(model.generate([ids, ids], 5), expected.expand(2, -1))
+    assert [int(token) for token in model.stream(ids, 5)] == expected[0, -5:].tolist()
+    assert tokenizer.decode(expected[0]) == tokenizer.decode(expected[0].tolist())
+    assert tokenizer.decode(expected[0]).startswith("the key of")
+    assert "".join(map(tokenizer.decode, torch.tensor(ids))) == "the key of"  # one at a time
+
+
 def test_sampling_keeps_to_the_likeliest():
     logits = torch.tensor([[0.0, 3.0, 2.0, -1.0]]).repeat(500, 1)
 
@@ -818,6 +834,26 @@ def test_documents_are_read_from_every_kind_of_file(tmp_path):
         file.write('{"text": "zipped"}\n')
     assert list(read_documents(str(tmp_path))) == ["plain", "line", "other", "zipped"]
     assert list(read_documents(str(tmp_path / "b.jsonl"))) == ["line", "other"]
+
+
+# --- README ------------------------------------------------------------------------------------
+
+README = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_of_readme_runs_as_it_stands_there(llama, capsys):
+    (snippet,) = re.findall(r"(?:^    (?:from|import) model.*\n)(?:^    .*\n)+", README, re.M)
+    assert '"tiny"' in snippet
+    exec(textwrap.dedent(snippet).replace('"tiny"', repr(str(llama))), {})
+    assert capsys.readouterr().out.startswith("It was late in the evening when")
+
+
+def test_what_readme_names_is_there():
+    links = [link for link in re.findall(r"\]\(([^)#]+)", README) if "://" not in link]
+    files = re.findall(r"`([\w/]+\.(?:py|cpp|md))`", README)
+    assert len(links) > 5 and "layerboost.py" in files
+    missing = [name for name in links + files if not (Path(__file__).parent / name).exists()]
+    assert not missing
 
 
 # --- scan and plan -------------------------------------------------------------------------------

@@ -77,12 +77,20 @@ class Tokenizer:
             ids += self.encoding.encode_ordinary(piece)
         return self.prefix + ids + self.suffix if special else ids
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int] | Tensor) -> str:
+        """The text of ids [T], as list or tensor, or of a single one. Raises ValueError for several
+        rows."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def decode_bytes(self, ids: list[int]) -> bytes:
+    def decode_bytes(self, ids: list[int] | Tensor) -> bytes:
         """Ids beyond the vocabulary, which a padded head can name, decode to nothing."""
-        return b"".join(self.bytes.get(id, b"") for id in ids)
+        ids = torch.as_tensor(ids)
+        if ids.ndim > 1:
+            raise ValueError(
+                f"decode: takes the ids of one text, not {list(ids.shape)}; give a row of them: "
+                "tokenizer.decode(ids[0])"
+            )
+        return b"".join(self.bytes.get(id, b"") for id in ids.reshape(-1).tolist())
 
     def unsupported(self, what: str) -> InputError:
         return InputError(
