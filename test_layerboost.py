@@ -829,11 +829,39 @@ def test_sequences_have_an_end_of_text_between_documents(llama):
 
 def test_documents_are_read_from_every_kind_of_file(tmp_path):
     (tmp_path / "a.txt").write_text("plain")
+    (tmp_path / ".hidden.txt").write_text("left out")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git/d.txt").write_text("left out")
     (tmp_path / "b.jsonl").write_text('{"text": "line"}\n{"text": "other"}\n')
     with gzip.open(tmp_path / "c.json.gz", "wt") as file:
         file.write('{"text": "zipped"}\n')
     assert list(read_documents(str(tmp_path))) == ["plain", "line", "other", "zipped"]
     assert list(read_documents(str(tmp_path / "b.jsonl"))) == ["line", "other"]
+
+
+def test_the_documents_of_plain_text_are_its_paragraphs_joined(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffOne,\r\ntwo.\r\n\r\n \nThree. \n\n\n".encode())
+    assert list(read_documents(str(path))) == ["One,\ntwo.\n\nThree."]
+
+    paragraph = "word " * 1500 + "end"
+    path.write_text("\n\n".join([paragraph] * 5))
+    documents = list(read_documents(str(path)))
+    assert documents == ["\n\n".join([paragraph] * n) for n in (2, 2, 1)]
+
+    path.write_text(" ".join(map(str, range(20_000))))  # one line
+    documents = list(read_documents(str(path)))
+    assert " ".join(documents).split() == [str(i) for i in range(20_000)]
+    assert [19_990 < len(document) <= 20_000 for document in documents[:-1]] == [True] * 5
+    path.write_text("x" * 45_000)
+    assert [len(document) for document in read_documents(str(path))] == [20_000, 20_000, 5_000]
+
+
+def test_text_in_another_encoding_is_read_by_its_name(tmp_path):
+    for encoding in ("cp1252", "utf-16", "utf-8"):
+        for name, content in (("a.txt", "Café – été"), ("b.jsonl", '{"text": "Café – été"}')):
+            (tmp_path / name).write_bytes(content.encode(encoding))
+        assert list(read_documents(str(tmp_path), encoding=encoding)) == ["Café – été"] * 2
 
 
 # --- README ------------------------------------------------------------------------------------
@@ -1525,6 +1553,30 @@ def test_two_processes_scan_and_heal_as_one_does(llama, text, tmp_path):
     assert two["healing"]["train"] == pytest.approx(one["healing"]["train"], rel=1e-3)
     for ours, theirs in zip(one["healing"]["valid"], two["healing"]["valid"], strict=True):
         assert theirs == pytest.approx(ours, rel=1e-3)
+
+
+def test_a_text_file_alone_is_enough(llama, tmp_path):
+    """Its last twentieth is held out, or what the smallest evaluation needs."""
+    model, tokenizer = load_model(str(llama)), load_tokenizer(str(llama))
+    path, settings = tmp_path / "mine.txt", distill.Healing(tokens=10**6)
+    args = layerboost.parse_arguments(["--model", str(llama), "--data", str(path)])
+    for sentences, tokens in ((400, 512), (6000, 3000)):
+        path.write_text(" ".join(f"This is sentence {i}." for i in range(sentences)))
+        whole = next(read_documents(str(path)))
+        train, valid = layerboost.read_text(args, tokenizer, model, settings)
+        assert tokens <= valid.numel() < 1.4 * tokens
+        assert tokenizer.decode(train[0]) == whole[: len(tokenizer.decode(train[0]))]
+        assert f" {sentences - 1}." not in tokenizer.decode(train.flatten())
+
+
+def test_the_end_of_the_text_is_held_out_in_whole_documents(llama):
+    tokenizer = load_tokenizer(str(llama))
+    documents = [f"{i} " * 500 for i in range(100, 200)]
+    train, valid = layerboost.hold_out(list(documents), tokenizer, 1)
+    assert train + valid[::-1] == documents and len(valid) == 5
+    whole = "".join(documents)
+    (begin,), (end,) = layerboost.hold_out([whole], tokenizer, 1)
+    assert begin + end == whole and len(end) == len(whole) // 20
 
 
 def test_without_validation_text_the_last_documents_are_held_out(llama, text):
