@@ -117,7 +117,8 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     report.write_report(figures, curve, settings, args, layers, time.monotonic() - started)
     for name in ("base", "healed"):
         say(f"{name + ' goes on:':17}" + report.continuation(models[name], tokenizer, valid))
-    say(f'\nSaved to {out}. Try: python layerboost.py --model {out} --prompt "The history of"')
+    prompt = "It was late in the evening when" if args.model == str(TINY) else "The history of"
+    say(f'\nSaved to {out}. Try: python layerboost.py --model {out} --prompt "{prompt}"')
     if args.model == str(TINY):
         say(NEXT_STEPS)
 
@@ -330,18 +331,28 @@ def describe_plan(model: Model, plan: str, tiers: dict, layers: list[dict], meas
 
 
 def generate_text(model: Model, tokenizer: Tokenizer, args) -> None:
-    """Streams the continuation of --prompt to the terminal."""
+    """Streams the continuation of --prompt to the terminal. Where there is none, one line says why
+    an instruct model has nothing to add."""
     ids = tokenizer.encode(args.prompt)
     require(ids, "--prompt is empty; give it some text")
     print(args.prompt, end="", flush=True)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
     prompt = torch.tensor([ids], device=model.device)
     sampling = (args.temperature, args.top_k, args.top_p, args.seed)
+    written = 0
     for token in model.stream(prompt, args.max_new_tokens, *sampling):
         if token.item() in model.config.eos_token_ids:
             break
+        written += 1
         print(decoder.decode(tokenizer.decode_bytes(token.tolist())), end="", flush=True)
     print(decoder.decode(b"", final=True))
+    if not written and tokenizer.has_chat_template:
+        print(
+            f"{args.model} ended the text at once: it is an instruct model, which answers in its "
+            "chat format and takes a plain question for a finished text; give --prompt the "
+            "beginning of a text, as 'The capital of France is'",
+            file=sys.stderr,
+        )
 
 
 # --- command line ------------------------------------------------------------------------------
@@ -402,9 +413,9 @@ FLAGS = {
     "generation": {
         "prompt": (str, None, "only continue this text with MODEL"),
         "max-new-tokens": (at_least(1), 100, "at most so many more tokens"),
-        "temperature": (at_least(0.0, float), 0.0, "0 takes the likeliest token"),
+        "temperature": (at_least(0.0, float), 0.7, "0 takes the likeliest token"),
         "top-k": (at_least(1), None, "draw from the K likeliest tokens [all]"),
-        "top-p": (at_least(1e-9, float), None, "draw from the likeliest P of probability [1]"),
+        "top-p": (at_least(1e-9, float), 0.9, "draw from the likeliest P of probability"),
     },
     "machine": {
         "seed": (int, 0, "of data order, adapters and samples"),

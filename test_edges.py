@@ -7,6 +7,7 @@ import functools
 import gzip
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -341,6 +342,25 @@ def test_an_attention_that_was_removed_does_not_come_back(llama, tmp_path):
 def test_a_prompt_without_tokens_is_refused(llama):
     with pytest.raises(ValueError, match="no tokens"):
         load_model(str(llama)).generate(torch.zeros(1, 0, dtype=torch.int64), 5)
+
+
+@pytest.mark.parametrize("template", ["chat_template.jinja", "tokenizer_config.json", None])
+def test_an_instruct_model_that_ends_at_once_says_why(template, llama, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    if template:
+        (folder / template).write_text('{"chat_template": "{{ messages }}"}')
+    ids = load_tokenizer(str(llama)).encode("the key of")
+    first = int(load_model(str(llama)).generate(ids, 1)[0, -1])
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": first}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    flags = ["--model", str(folder), "--prompt", "the key of", "--dtype", "float32"]
+    assert layerboost.main([*flags, "--temperature", "0"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "the key of\n"
+    assert len(printed.err.splitlines()) == (1 if template else 0)
+    assert not template or "instruct model, which answers in its chat format" in printed.err
 
 
 @pytest.mark.parametrize("ids", ["text", ["text"], [[1, 2], [3]], [1.5], torch.tensor(3), None])

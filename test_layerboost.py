@@ -1366,6 +1366,15 @@ def test_the_embedded_model_is_small_trained_and_uses_its_context(tiny):
     assert min(recall.values()) >= 0.9
 
 
+def test_the_embedded_model_writes_its_suggested_prompt_on(tiny, capsys):
+    """With the flags as they are, most of its words are new; greedy text goes round in circles."""
+    args = layerboost.parse_arguments(["--prompt", "It was late in the evening when"])
+    layerboost.generate_text(*tiny[:2], args)
+    words = capsys.readouterr().out.split()
+    assert words[:3] == ["It", "was", "late"]
+    assert len(words) > 30 and len(set(words)) > 0.5 * len(words)
+
+
 def test_healing_brings_a_trained_model_back(tiny, tmp_path):
     """On 2,560 tokens, 20 steps of 128."""
     model, tokenizer, valid = tiny
