@@ -7,6 +7,7 @@ or not there.
 """
 
 import codecs
+import glob
 import gzip
 import itertools
 import json
@@ -166,12 +167,8 @@ def read_documents(source: str, flag: str = "--data", encoding: str = "utf-8"):
 
     files = [path]
     if path.is_dir():
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.name.endswith(TEXT_SUFFIXES)
-            and "/." not in f"/{file.relative_to(path).as_posix()}"  # hidden
-        )
+        names = glob.glob("**", root_dir=path, recursive=True)  # leaves hidden ones out
+        files = sorted(path / name for name in names if name.endswith(TEXT_SUFFIXES))
     require(
         path.exists() and files, f"{flag} {source}: no such file, or a folder without {kinds} files"
     )
@@ -196,29 +193,26 @@ def open_text(file: Path, where: str, encoding: str):
                 with open_file(file, "rb") as content:
                     wrong = wrong_encoding(content.read(), encoding)
                 raise InputError(f"{where}: {wrong}") from None
-    except EOFError:
-        raise InputError(f"{where}: a gzip that was cut short; copy or download it again") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{where}: cannot be unzipped ({error}); download it again") from None
+    except LookupError:
+        raise InputError(f"--encoding {encoding}: unknown; give cp1252, utf-16 or alike") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        kind = "a gzip that was cut short" if isinstance(error, EOFError) else "not a sound gzip"
+        raise InputError(f"{where}: {kind} ({error}); download it again") from None
 
 
 def wrong_encoding(content: bytes, encoding: str) -> str:
-    """Where the bytes stop being `encoding`, and what they probably are: by the mark that UTF-16
-    begins with, else what decodes them."""
+    """Where the bytes stop being `encoding`, and what they probably are."""
     start = 0
     try:
         content.decode(encoding)
     except UnicodeDecodeError as error:
         start = error.start
 
-    likely = "latin-1"  # which decodes anything
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        likely = "utf-16"
-    else:
-        for name in ("cp1252", "utf-8"):
-            with suppress(UnicodeDecodeError):
-                content.decode(name)
-                likely = name
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    for likely in ["utf-16"] if is_utf16 else ["utf-8", "cp1252", "latin-1"]:
+        with suppress(UnicodeDecodeError):
+            content.decode(likely)
+            break
     return (
         f"byte {start:,} (0x{content[start]:02x}) is not {encoding}; this is probably {likely}: "
         f"give --encoding {likely}, or save the text as utf-8"
@@ -249,24 +243,16 @@ def read_text_fields(lines, where: str):
     """The `text` field of each line. Lines that are empty, or have none, are counted on stderr."""
     skipped = 0
     for number, line in enumerate(lines, 1):
-        item, cause = {}, ""
         try:
-            item = json.loads(line.removeprefix("\ufeff").strip() or "{}")
-        except json.JSONDecodeError as error:
-            cause = f"not JSON ({error.msg})"
-        except ValueError:
-            cause = "holds an integer of too many digits"
-        except RecursionError:
-            cause = "is nested too deeply"
-        text = item.get("text") if isinstance(item, dict) else 0
-        if not isinstance(text, str | None):
-            cause = "not a JSON object with a `text` field of text"
-        require(not cause, f"{where}: line {number}: {cause}; give one JSON object a line")
-
+            text = json.loads(line.strip("\ufeff \t\n") or "{}").get("text") or ""
+            if not isinstance(text, str):
+                raise TypeError(f"`text` is {text!r:.20}")
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            wrong = "not a JSON object with a `text` field"
+            raise InputError(f"{where}: line {number}: {wrong} ({error})") from None
         if text:
             yield text
-        else:
-            skipped += 1
+        skipped += not text
     if skipped and int(os.environ.get("RANK", 0)) == 0:  # one process of torchrun's says so
         note = f"{where}: skipped {skipped:,} of {number:,} lines, which have no `text`"
         tqdm.write(note, file=sys.stderr)  # which moves a bar out of the way

@@ -229,13 +229,11 @@ def read_text(args, tokenizer: Tokenizer, model: Model, settings: Healing) -> tu
     if not args.valid:
         missing["--data"] += missing.pop("--valid")
     for flag, source in (("--data", args.data), ("--valid", args.valid)):
-        if missing.get(flag):
+        if missing.get(flag):  # counted again, with what filled no sequence
             text = read_documents(source, flag, args.encoding)
             there = pack_sequences(text, tokenizer, eos, 1).numel()
-            raise InputError(
-                f"{flag} {source}: too little text: it has {there:,} tokens, "
-                f"{there + missing[flag]:,} are needed; give more"
-            )
+            size = f"it has {there:,} tokens, {there + missing[flag]:,} are needed"
+            raise InputError(f"{flag} {source}: too little text: {size}; give more")
     return train, valid
 
 
@@ -331,8 +329,7 @@ def describe_plan(model: Model, plan: str, tiers: dict, layers: list[dict], meas
 
 
 def generate_text(model: Model, tokenizer: Tokenizer, args) -> None:
-    """Streams the continuation of --prompt to the terminal. Where there is none, one line says why
-    an instruct model has nothing to add."""
+    """Streams the continuation of --prompt to the terminal, or says why there is none."""
     ids = tokenizer.encode(args.prompt)
     require(ids, "--prompt is empty; give it some text")
     print(args.prompt, end="", flush=True)
@@ -348,9 +345,8 @@ def generate_text(model: Model, tokenizer: Tokenizer, args) -> None:
     print(decoder.decode(b"", final=True))
     if not written and tokenizer.has_chat_template:
         print(
-            f"{args.model} ended the text at once: it is an instruct model, which answers in its "
-            "chat format and takes a plain question for a finished text; give --prompt the "
-            "beginning of a text, as 'The capital of France is'",
+            f"{args.model} ended the text at once: an instruct model expects its chat format; "
+            "give --prompt the beginning of a text, as 'The capital of France is'",
             file=sys.stderr,
         )
 

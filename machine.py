@@ -92,17 +92,6 @@ def at_least(least, kind=int):
     return number
 
 
-def encoding_name(text: str) -> str:
-    """An argparse type: an encoding that Python knows."""
-    try:
-        "a".encode(text)
-    except LookupError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no encoding; give utf-8, cp1252, latin-1, utf-16 or the like"
-        ) from None
-    return text
-
-
 def add_flags(parser: argparse.ArgumentParser, groups: dict[str, dict]) -> None:
     """groups: {title: {name: (kind, default, help)}}. kind is a type, or the values to choose from;
     `list` takes several values, `bool` none (--name, --no-name)."""

@@ -244,9 +244,8 @@ class Model(nn.Module):
         return Cache(layers, torch.zeros(batch, dtype=torch.int64, device=device))
 
     def generate(self, ids, max_new_tokens: int = 100, **sampling) -> Tensor:
-        """ids [B, T] or [T], as tensor or list -> [B, T + max_new_tokens]; B is 1 for [T]. What
-        follows a row's end-of-text token is filled with it. `sampling` and errors as in `stream`.
-        """
+        """ids [B, T] or [T], as tensor or list -> [B, T + max_new_tokens]; B is 1 for [T]. A row
+        is filled with its end-of-text token after it. `sampling` and errors as in `stream`."""
         ids = token_rows(ids, self.device)
         tokens = list(self.stream(ids, max_new_tokens, **sampling))
         tokens += tokens[-1:] * (max_new_tokens - len(tokens))

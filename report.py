@@ -21,16 +21,7 @@ from bench import decode_times, format_table
 from distill import Healing
 from engine import Engine
 from hub import C4, DOCUMENT, read_documents, require, write_json, write_text
-from machine import (
-    MACHINE_FLAGS,
-    add_flags,
-    at_least,
-    encoding_name,
-    pick_device,
-    pick_dtype,
-    run_program,
-    say,
-)
+from machine import MACHINE_FLAGS, add_flags, at_least, pick_device, pick_dtype, run_program, say
 from model import Model, cache_bytes, load_model
 from tokenizer import Tokenizer, load_tokenizer, pack_sequences
 
@@ -157,11 +148,10 @@ def continuation(model: Model, tokenizer: Tokenizer, valid: Tensor) -> str:
 
 
 TEXT_KINDS = (
-    ".txt (blank lines part its paragraphs, which are joined to documents of up to "
-    f"{DOCUMENT:,} characters, or cut there), .jsonl, .jsonl.gz, a folder of them, or "
-    "hub:DATASET/FILE"
+    f".txt (blank lines part paragraphs, joined to documents of up to {DOCUMENT:,} characters and "
+    "cut there), .jsonl, .jsonl.gz, a folder of them, or hub:DATASET/FILE"
 )
-ENCODING = (encoding_name, "utf-8", "of the text, as cp1252 or utf-16")
+ENCODING = (str, "utf-8", "of the text, as cp1252 or utf-16")
 FLAGS = {
     "model": {"base": (str, None, "the original to compare with [none]")},
     "text": {

@@ -69,8 +69,9 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether the folder describes a chat format, as that of an instruct model does."""
         config = self.path.with_name("tokenizer_config.json")
-        in_config = config.exists() and "chat_template" in read_json(config)
-        return in_config or self.path.with_name("chat_template.jinja").exists()
+        if config.exists() and read_json(config).get("chat_template"):
+            return True
+        return self.path.with_name("chat_template.jinja").exists()
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The ids of a text; `special=False` leaves out the prefix and suffix."""
@@ -93,10 +94,7 @@ class Tokenizer:
         """Ids beyond the vocabulary, which a padded head can name, decode to nothing."""
         ids = torch.as_tensor(ids)
         if ids.ndim > 1:
-            raise ValueError(
-                f"decode: takes the ids of one text, not {list(ids.shape)}; give a row of them: "
-                "tokenizer.decode(ids[0])"
-            )
+            raise ValueError("decode: takes the ids of one text; give one row of them, as ids[0]")
         return b"".join(self.bytes.get(id, b"") for id in ids.reshape(-1).tolist())
 
     def unsupported(self, what: str) -> InputError:
