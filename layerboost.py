@@ -29,7 +29,7 @@ import cpu
 import report
 import scan
 from distill import Healing, heal, tail_names
-from hub import C4, find_model, read_documents, require
+from hub import C4, InputError, find_model, read_documents, require
 from kernels import FEATURE_MAPS
 from machine import (
     MACHINE_FLAGS,
@@ -117,7 +117,8 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     report.write_report(figures, curve, settings, args, layers, time.monotonic() - started)
     for name in ("base", "healed"):
         say(f"{name + ' goes on:':17}" + report.continuation(models[name], tokenizer, valid))
-    say(f'\nSaved to {out}. Try: python layerboost.py --model {out} --prompt "The history of"')
+    prompt = "It was late in the evening when" if args.model == str(TINY) else "The history of"
+    say(f'\nSaved to {out}. Try: python layerboost.py --model {out} --prompt "{prompt}"')
     if args.model == str(TINY):
         say(NEXT_STEPS)
 
@@ -206,36 +207,50 @@ def scan_layers(
 
 
 def read_text(args, tokenizer: Tokenizer, model: Model, settings: Healing) -> tuple[Tensor, Tensor]:
-    """Training and validation sequences [N, context]. Without --valid the last documents of --data
-    are held out."""
+    """Training and validation sequences [N, context]. Without --valid the end of --data is held
+    out. Raises InputError, with how much there is and how much is missing, for too little text."""
     eos = model.config.eos_token_ids
     longest = min(report.CONTEXT, model.config.max_position_embeddings)
     needed = args.sequences * longest
-    documents = read_documents(args.data)
+    documents = read_documents(args.data, "--data", args.encoding)
     if args.valid:
-        held_out, where = read_documents(args.valid, "--valid"), f"--valid {args.valid}"
+        held_out = read_documents(args.valid, "--valid", args.encoding)
     else:
-        documents, held_out = hold_out(list(documents), 6 * needed)
-        where = f"--valid is not given, and what is held out of --data {args.data}"
+        documents, held_out = hold_out(list(documents), tokenizer, longest)
 
     valid = pack_sequences(held_out, tokenizer, eos, longest, needed)
     wanted = max(settings.trained_tokens, TEXT_TOKENS)
     train = pack_sequences(documents, tokenizer, eos, settings.context, wanted)
-    for ids, source, least in (
-        (train, f"--data {args.data}", settings.long_context),
-        (valid, where, longest),
-    ):
-        enough = ids.numel() >= least
-        require(enough, f"{source}: too little text; {least} tokens are needed at least")
+
+    missing = {
+        "--data": max(0, settings.long_context - train.numel()),
+        "--valid": max(0, longest - valid.numel()),
+    }
+    if not args.valid:
+        missing["--data"] += missing.pop("--valid")
+    for flag, source in (("--data", args.data), ("--valid", args.valid)):
+        if missing.get(flag):  # counted again, with what filled no sequence
+            text = read_documents(source, flag, args.encoding)
+            there = pack_sequences(text, tokenizer, eos, 1).numel()
+            size = f"it has {there:,} tokens, {there + missing[flag]:,} are needed"
+            raise InputError(f"{flag} {source}: too little text: {size}; give more")
     return train, valid
 
 
-def hold_out(documents: list[str], characters: int) -> tuple[list[str], list[str]]:
-    """Splits off the last documents, about so many characters, at most a tenth of them all."""
+def hold_out(documents: list[str], tokenizer: Tokenizer, least: int) -> tuple[list[str], list[str]]:
+    """Splits off the last twentieth of the characters, but no fewer than `least` tokens take: whole
+    documents, the first of them cut where it is more than twice what is missing."""
+    sample = "".join(documents[-20:])[-20_000:]
+    size = len(sample) / max(1, len(tokenizer.encode(sample)))  # characters of a token
+    missing = max(sum(map(len, documents)) // 20, int(1.25 * least * size))
     held_out: list[str] = []
-    most = 0.1 * len(documents)
-    while len(documents) > 1 and sum(map(len, held_out)) < characters and len(held_out) < most:
-        held_out.append(documents.pop())
+    while documents and missing > 0:
+        document = documents.pop()
+        if len(document) > 2 * missing:
+            documents.append(document[:-missing])
+            document = document[-missing:]
+        held_out.append(document)
+        missing -= len(document)
     return documents, held_out
 
 
@@ -314,18 +329,26 @@ def describe_plan(model: Model, plan: str, tiers: dict, layers: list[dict], meas
 
 
 def generate_text(model: Model, tokenizer: Tokenizer, args) -> None:
-    """Streams the continuation of --prompt to the terminal."""
+    """Streams the continuation of --prompt to the terminal, or says why there is none."""
     ids = tokenizer.encode(args.prompt)
     require(ids, "--prompt is empty; give it some text")
     print(args.prompt, end="", flush=True)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
     prompt = torch.tensor([ids], device=model.device)
     sampling = (args.temperature, args.top_k, args.top_p, args.seed)
+    written = 0
     for token in model.stream(prompt, args.max_new_tokens, *sampling):
         if token.item() in model.config.eos_token_ids:
             break
+        written += 1
         print(decoder.decode(tokenizer.decode_bytes(token.tolist())), end="", flush=True)
     print(decoder.decode(b"", final=True))
+    if not written and tokenizer.has_chat_template:
+        print(
+            f"{args.model} ended the text at once: an instruct model expects its chat format; "
+            "give --prompt the beginning of a text, as 'The capital of France is'",
+            file=sys.stderr,
+        )
 
 
 # --- command line ------------------------------------------------------------------------------
@@ -358,7 +381,8 @@ FLAGS = {
     },
     "text": {
         "data": (str, C4, f"to heal on: {report.TEXT_KINDS}"),
-        "valid": (str, None, "to evaluate on [the last documents of --data, held out]"),
+        "valid": (str, None, "to evaluate on [the last twentieth of --data, held out]"),
+        "encoding": report.ENCODING,
         "sequences": (at_least(1), 32, "of 1,024 tokens, to evaluate on"),
         "passkeys": (at_least(1), 20, "hidden numbers to repeat, at each length"),
         "tasks": (list, [], "question files to evaluate on [none]"),
@@ -385,9 +409,9 @@ FLAGS = {
     "generation": {
         "prompt": (str, None, "only continue this text with MODEL"),
         "max-new-tokens": (at_least(1), 100, "at most so many more tokens"),
-        "temperature": (at_least(0.0, float), 0.0, "0 takes the likeliest token"),
+        "temperature": (at_least(0.0, float), 0.7, "0 takes the likeliest token"),
         "top-k": (at_least(1), None, "draw from the K likeliest tokens [all]"),
-        "top-p": (at_least(1e-9, float), None, "draw from the likeliest P of probability [1]"),
+        "top-p": (at_least(1e-9, float), 0.9, "draw from the likeliest P of probability"),
     },
     "machine": {
         "seed": (int, 0, "of data order, adapters and samples"),

@@ -20,7 +20,7 @@ import measure
 from bench import decode_times, format_table
 from distill import Healing
 from engine import Engine
-from hub import C4, read_documents, require, write_json, write_text
+from hub import C4, DOCUMENT, read_documents, require, write_json, write_text
 from machine import MACHINE_FLAGS, add_flags, at_least, pick_device, pick_dtype, run_program, say
 from model import Model, cache_bytes, load_model
 from tokenizer import Tokenizer, load_tokenizer, pack_sequences
@@ -147,11 +147,16 @@ def continuation(model: Model, tokenizer: Tokenizer, valid: Tensor) -> str:
 # --- command line ------------------------------------------------------------------------------
 
 
-TEXT_KINDS = ".txt, .jsonl, .jsonl.gz, a folder of them, or hub:DATASET/FILE"
+TEXT_KINDS = (
+    f".txt (blank lines part paragraphs, joined to documents of up to {DOCUMENT:,} characters and "
+    "cut there), .jsonl, .jsonl.gz, a folder of them, or hub:DATASET/FILE"
+)
+ENCODING = (str, "utf-8", "of the text, as cp1252 or utf-16")
 FLAGS = {
     "model": {"base": (str, None, "the original to compare with [none]")},
     "text": {
         "valid": (str, C4, TEXT_KINDS),
+        "encoding": ENCODING,
         "sequences": (at_least(1), 32, "of 1,024 tokens, of it"),
         "passkeys": (at_least(1), 20, "hidden numbers to repeat, at each length"),
         "tasks": (list, [], "question files [none]"),
@@ -184,7 +189,7 @@ def run(args) -> None:
     )
 
     context = min(CONTEXT, config.max_position_embeddings)
-    documents = read_documents(args.valid, "--valid")
+    documents = read_documents(args.valid, "--valid", args.encoding)
     tokens = args.sequences * context
     valid = pack_sequences(documents, tokenizer, config.eos_token_ids, context, tokens)
     require(len(valid), f"--valid {args.valid}: too little text; give {context} tokens or more")

@@ -7,6 +7,7 @@ import functools
 import gzip
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -343,6 +344,37 @@ def test_a_prompt_without_tokens_is_refused(llama):
         load_model(str(llama)).generate(torch.zeros(1, 0, dtype=torch.int64), 5)
 
 
+@pytest.mark.parametrize("template", ["chat_template.jinja", "tokenizer_config.json", None])
+def test_an_instruct_model_that_ends_at_once_says_why(template, llama, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    if template:
+        (folder / template).write_text('{"chat_template": "{{ messages }}"}')
+    ids = load_tokenizer(str(llama)).encode("the key of")
+    first = int(load_model(str(llama)).generate(ids, 1)[0, -1])
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": first}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    flags = ["--model", str(folder), "--prompt", "the key of", "--dtype", "float32"]
+    assert layerboost.main([*flags, "--temperature", "0"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "the key of\n"
+    assert len(printed.err.splitlines()) == (1 if template else 0)
+    assert not template or "an instruct model expects its chat format" in printed.err
+
+
+@pytest.mark.parametrize("ids", ["text", ["text"], [[1, 2], [3]], [1.5], torch.tensor(3), None])
+def test_what_is_no_ids_is_told_to_encode_text_first(ids, llama):
+    model = load_model(str(llama))
+    with pytest.raises(TypeError, match="encode text with the tokenizer first"):
+        model.generate(ids, 5)
+
+
+def test_several_rows_are_no_text(llama):
+    with pytest.raises(ValueError, match="give one row of them"):
+        load_tokenizer(str(llama)).decode(torch.zeros(2, 3, dtype=torch.int64))
+
+
 def lowercase(spec):
     spec["normalizer"] = {"type": "Lowercase"}
 
@@ -429,22 +461,42 @@ def test_text_that_cannot_be_read_is_named_by_file_and_line(tmp_path):
         return list(read_documents(str(source), flag))
 
     path = tmp_path / "b.jsonl"
-    for second in ('{"body": 1}', '{"text": null}', "{"):
+    for second, cause in (
+        ("{", "not a JSON object"),
+        ('["text"]', "not a JSON object with a `text` field .'list'"),
+        ('{"text": 5}', "`text` is 5"),
+        ('{"text": "a", "n": ' + "1" * 5000 + "}", "4300 digits"),
+        ("[" * 100_000, "recursion depth exceeded while decoding a JSON array"),
+    ):
         path.write_text('{"text": "line"}\n' + second)
-        with pytest.raises(InputError, match="b.jsonl: line 2"):
+        with pytest.raises(InputError, match=f"--data .*b.jsonl: line 2: .*{cause}"):
             read(path)
-    for name, content in (
-        ("d.jsonl.gz", b"not zipped"),
-        ("e.jsonl", "\ufeff{}".encode("utf-16")),
-        ("f.jsonl.gz", gzip.compress(b'{"text": "cut"}')[:-9]),
+    for name, content, cause in (
+        ("d.jsonl.gz", b"not zipped", "not a sound gzip"),
+        ("e.jsonl.gz", gzip.compress(b'{"text": "cut"}')[:-9], "gzip that was cut short"),
+        ("f.txt", "Two caf\u00e9s".encode("cp1252"), r"byte 7 \(0xe9\) is not utf-8.*cp1252"),
+        ("g.txt", b"\x81 and \xe9", "byte 0 .*--encoding latin-1"),
+        ("h.jsonl", "\ufeff{}".encode("utf-16"), "byte 0 .*--encoding utf-16"),
+        ("i.jsonl.gz", gzip.compress(b'{"text": ""}\n\xe9'), "byte 13 "),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=f"{name}: line 1"):
+        with pytest.raises(InputError, match=f"--data .*{name}: .*{cause}"):
             read(tmp_path / name)
+    with pytest.raises(InputError, match="f.txt: byte .* is not utf-16.*--encoding cp1252"):
+        list(read_documents(str(tmp_path / "f.txt"), encoding="utf-16"))
     with pytest.raises(InputError, match="the file one of .txt"):
         read("hub:owner/dataset/part.parquet")
     with pytest.raises(InputError, match="--valid .*nowhere: no such file"):
         read(tmp_path / "nowhere", "--valid")
+
+
+def test_lines_without_text_are_skipped_and_counted(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    lines = ['\ufeff{"text": "one"}', "", '{"text": null}', '{"body": 1}', '{"text": "two"}', "  "]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert list(read_documents(str(path))) == ["one", "two"]
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note == f"--data {path}: skipped 4 of 6 lines, which have no `text`"
 
 
 CHOICES = {"query": "why", "choices": ["a", "b"], "gold": 1}
@@ -515,6 +567,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         ("--scan nowhere.json", "--scan nowhere.json"),
         ("--prompt=", "--prompt is empty"),
         ("--device meta", "--device meta"),
+        ("--encoding utf-9", "--encoding utf-9: unknown; give cp1252"),
     ],
 )
 def test_bad_flags_are_one_line_and_exit_code_2(flags, message, llama, text, tmp_path, capsys):
@@ -674,7 +727,17 @@ def test_a_folder_that_cannot_be_written_is_named(llama, text, tmp_path, capsys)
 
 
 def test_too_little_text_is_said(llama, tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("a few words")
-    flags = short_run(llama, tmp_path / "a.txt", tmp_path / "out")
-    assert layerboost.main(flags) == 2
-    assert "too little text; 512 tokens are needed" in capsys.readouterr().err
+    """Of the flag that was given, with what there is and what is needed."""
+    mine, other = tmp_path / "a.txt", tmp_path / "b.txt"
+    mine.write_text("a few words")
+    other.write_text("many words " * 1000)
+    for data, valid, flag, needed in (
+        (mine, None, f"--data {mine}", "1,032"),
+        (mine, other, f"--data {mine}", "520"),
+        (other, mine, f"--valid {mine}", "520"),
+    ):
+        flags = ["--model", str(llama), "--data", str(data), "--out", str(tmp_path / "out")]
+        flags += ["--valid", str(valid)] if valid else []
+        assert layerboost.main([*flags, "--dtype", "float32"]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"{flag}: too little text: it has 8 tokens, {needed} are needed" in error

@@ -15,9 +15,11 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import timeit
 from collections import deque
@@ -611,6 +613,20 @@ def test_generation_repeats_under_a_seed(llama):
     assert torch.equal(model.generate(ids, 0), ids)
 
 
+def test_ids_are_taken_in_every_form_that_people_guess(llama):
+    model, tokenizer = load_model(str(llama)), load_tokenizer(str(llama))
+    ids = tokenizer.encode("the key of")
+    assert type(ids) is list and type(ids[0]) is int
+    expected = model.generate(torch.tensor([ids]), 5)
+    for form in (ids, [ids], torch.tensor(ids), torch.tensor(ids, dtype=torch.int32)):
+        assert torch.equal(model.generate(form, 5), expected)
+    assert torch.equal(model.generate([ids, ids], 5), expected.expand(2, -1))
+    assert [int(token) for token in model.stream(ids, 5)] == expected[0, -5:].tolist()
+    assert tokenizer.decode(expected[0]) == tokenizer.decode(expected[0].tolist())
+    assert tokenizer.decode(expected[0]).startswith("the key of")
+    assert "".join(map(tokenizer.decode, torch.tensor(ids))) == "the key of"  # one at a time
+
+
 def test_sampling_keeps_to_the_likeliest():
     logits = torch.tensor([[0.0, 3.0, 2.0, -1.0]]).repeat(500, 1)
 
@@ -893,11 +909,59 @@ def test_sequences_have_an_end_of_text_between_documents(llama):
 
 def test_documents_are_read_from_every_kind_of_file(tmp_path):
     (tmp_path / "a.txt").write_text("plain")
+    (tmp_path / ".hidden.txt").write_text("left out")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git/d.txt").write_text("left out")
     (tmp_path / "b.jsonl").write_text('{"text": "line"}\n{"text": "other"}\n')
     with gzip.open(tmp_path / "c.json.gz", "wt") as file:
         file.write('{"text": "zipped"}\n')
     assert list(read_documents(str(tmp_path))) == ["plain", "line", "other", "zipped"]
     assert list(read_documents(str(tmp_path / "b.jsonl"))) == ["line", "other"]
+
+
+def test_the_documents_of_plain_text_are_its_paragraphs_joined(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffOne,\r\ntwo.\r\n\r\n \nThree. \n\n\n".encode())
+    assert list(read_documents(str(path))) == ["One,\ntwo.\n\nThree."]
+
+    paragraph = "word " * 1500 + "end"
+    path.write_text("\n\n".join([paragraph] * 5))
+    documents = list(read_documents(str(path)))
+    assert documents == ["\n\n".join([paragraph] * n) for n in (2, 2, 1)]
+
+    path.write_text(" ".join(map(str, range(20_000))))  # one line
+    documents = list(read_documents(str(path)))
+    assert " ".join(documents).split() == [str(i) for i in range(20_000)]
+    assert [19_990 < len(document) <= 20_000 for document in documents[:-1]] == [True] * 5
+    path.write_text("x" * 45_000)
+    assert [len(document) for document in read_documents(str(path))] == [20_000, 20_000, 5_000]
+
+
+def test_text_in_another_encoding_is_read_by_its_name(tmp_path):
+    for encoding in ("cp1252", "utf-16", "utf-8"):
+        for name, content in (("a.txt", "Café – été"), ("b.jsonl", '{"text": "Café – été"}')):
+            (tmp_path / name).write_bytes(content.encode(encoding))
+        assert list(read_documents(str(tmp_path), encoding=encoding)) == ["Café – été"] * 2
+
+
+# --- README ------------------------------------------------------------------------------------
+
+README = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_of_readme_runs_as_it_stands_there(llama, capsys):
+    (snippet,) = re.findall(r"(?:^    (?:from|import) model.*\n)(?:^    .*\n)+", README, re.M)
+    assert '"tiny"' in snippet
+    exec(textwrap.dedent(snippet).replace('"tiny"', repr(str(llama))), {})
+    assert capsys.readouterr().out.startswith("It was late in the evening when")
+
+
+def test_what_readme_names_is_there():
+    links = [link for link in re.findall(r"\]\(([^)#]+)", README) if "://" not in link]
+    files = re.findall(r"`([\w/]+\.(?:py|cpp|md))`", README)
+    assert len(links) > 5 and "layerboost.py" in files
+    missing = [name for name in links + files if not (Path(__file__).parent / name).exists()]
+    assert not missing
 
 
 # --- scan and plan -------------------------------------------------------------------------------
@@ -1382,6 +1446,15 @@ def test_the_embedded_model_is_small_trained_and_uses_its_context(tiny):
     assert min(recall.values()) >= 0.9
 
 
+def test_the_embedded_model_writes_its_suggested_prompt_on(tiny, capsys):
+    """With the flags as they are, most of its words are new; greedy text goes round in circles."""
+    args = layerboost.parse_arguments(["--prompt", "It was late in the evening when"])
+    layerboost.generate_text(*tiny[:2], args)
+    words = capsys.readouterr().out.split()
+    assert words[:3] == ["It", "was", "late"]
+    assert len(words) > 30 and len(set(words)) > 0.5 * len(words)
+
+
 def test_healing_brings_a_trained_model_back(tiny, tmp_path):
     """On 2,560 tokens, 20 steps of 128."""
     model, tokenizer, valid = tiny
@@ -1569,6 +1642,30 @@ def test_two_processes_scan_and_heal_as_one_does(llama, text, tmp_path):
     assert two["healing"]["train"] == pytest.approx(one["healing"]["train"], rel=1e-3)
     for ours, theirs in zip(one["healing"]["valid"], two["healing"]["valid"], strict=True):
         assert theirs == pytest.approx(ours, rel=1e-3)
+
+
+def test_a_text_file_alone_is_enough(llama, tmp_path):
+    """Its last twentieth is held out, or what the smallest evaluation needs."""
+    model, tokenizer = load_model(str(llama)), load_tokenizer(str(llama))
+    path, settings = tmp_path / "mine.txt", distill.Healing(tokens=10**6)
+    args = layerboost.parse_arguments(["--model", str(llama), "--data", str(path)])
+    for sentences, tokens in ((400, 512), (6000, 3000)):
+        path.write_text(" ".join(f"This is sentence {i}." for i in range(sentences)))
+        whole = next(read_documents(str(path)))
+        train, valid = layerboost.read_text(args, tokenizer, model, settings)
+        assert tokens <= valid.numel() < 1.4 * tokens
+        assert tokenizer.decode(train[0]) == whole[: len(tokenizer.decode(train[0]))]
+        assert f" {sentences - 1}." not in tokenizer.decode(train.flatten())
+
+
+def test_the_end_of_the_text_is_held_out_in_whole_documents(llama):
+    tokenizer = load_tokenizer(str(llama))
+    documents = [f"{i} " * 500 for i in range(100, 200)]
+    train, valid = layerboost.hold_out(list(documents), tokenizer, 1)
+    assert train + valid[::-1] == documents and len(valid) == 5
+    whole = "".join(documents)
+    (begin,), (end,) = layerboost.hold_out([whole], tokenizer, 1)
+    assert begin + end == whole and len(end) == len(whole) // 20
 
 
 def test_without_validation_text_the_last_documents_are_held_out(llama, text):
