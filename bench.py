@@ -59,19 +59,21 @@ def decode_times(engines: dict[str, Engine], context: int, steps: int = 20) -> d
         context >= least,
         f"--lengths: {context} tokens are too few for {steps} steps; give {least} or more",
     )
-    for engine in engines.values():
-        engine.live = [Request(torch.zeros(context), 1)] * len(engine.live)
-        engine.step()  # compiles
-        engine.mark_live()
-        engine.cache.positions.fill_(context - least)
-
     times: dict[str, list[float]] = {name: [] for name in engines}
-    for step in range(warm_up + steps):
-        for name, engine in engines.items():
-            start = time.perf_counter()
-            engine.step().tolist()  # waits for the device
-            if step >= warm_up:
-                times[name].append(time.perf_counter() - start)
+    with progress(total=warm_up + steps, desc="timing steps", leave=False) as bar:
+        for engine in engines.values():
+            engine.live = [Request(torch.zeros(context), 1)] * len(engine.live)
+            engine.step()  # compiles
+            engine.mark_live()
+            engine.cache.positions.fill_(context - least)
+
+        for step in range(warm_up + steps):
+            for name, engine in engines.items():
+                start = time.perf_counter()
+                engine.step().tolist()  # waits for the device
+                if step >= warm_up:
+                    times[name].append(time.perf_counter() - start)
+            bar.update()
 
     for engine in engines.values():
         engine.live = [None] * len(engine.live)

@@ -165,7 +165,7 @@ def heal(
     with bar, Interrupt() as interrupt:
         while True:
             if settings.validates(run.step):
-                bar.clear()
+                bar.set_postfix_str("validating")
                 run.validate()
 
             ended = run.step == settings.steps
@@ -215,8 +215,9 @@ class Run:
 
         rank, world = rank_and_world()
         parts = valid[rank::world].to(teacher.device).split(4)
+        parts = progress([ids for ids in parts if len(ids)], desc="original", leave=False)
         with torch.no_grad():  # the teacher's hidden states [B, T, d] on this process's share
-            self.targets = [(ids, teacher.hidden(ids)) for ids in parts if len(ids)]
+            self.targets = [(ids, teacher.hidden(ids)) for ids in parts]
 
     def load(self, path: Path) -> None:
         with open_safetensors(path, IF_DAMAGED) as file:
