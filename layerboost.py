@@ -185,22 +185,24 @@ def scan_layers(
     path = Path(args.scan or Path(args.out) / "scan.json")
     if path.exists() and (args.scan or args.plan is None):
         layers = scan.check_scan(path, same, args.measure, n)
+    scanned = scan.count_trials(layers) // 2
     require(
-        not args.scan or len(layers) == n,
-        f"--scan {args.scan}: holds {len(layers)} of {n} layers; repeat the command that makes it",
+        not args.scan or scanned == n,
+        f"--scan {args.scan}: holds {scanned} of {n} layers; repeat the command that makes it",
     )
 
-    announce(model, args, settings, calibration, valid, len(layers))
+    announce(model, args, settings, calibration, valid, scanned)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.compile:
         model.compiled_shapes |= {(2, longest), (settings.together, settings.context)}
     if args.plan:
         return layers
-    if len(layers) == n:
+    if scanned == n:
         say(f"\nScan: read from {path}.")
         return layers
 
-    say(f"\nScan: one layer at a time, from layer {len(layers)} on.")
+    resumed = f"resumed at layer {scanned} of {n}, from {path}" if layers else f"{n} layers"
+    say(f"\nScan: one layer at a time, {resumed}.")
     probes = scan.make_probes(model, tokenizer, args.measure, calibration, train, args.tasks)
     return scan.scan(model, probes, tiers, path, same, layers)
 

@@ -25,9 +25,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from hub import read_json, require, write_json
-from machine import Diverged, gather, progress, rank_and_world
+from machine import Diverged, gather, progress, rank_and_world, say
 from measure import (
     kl_by_position,
     mean,
@@ -46,6 +47,8 @@ CALIBRATION_SEQUENCES = 4
 RECALL_PROMPTS = {512: 4, 1024: 2, 2048: 1}  # by context length, of the recall measure
 TASK_ITEMS = 100  # of the first question file, of the task measure
 MEASURES = ("kl", "recall", "task")
+TRIALS = "XL"  # of each layer, in this order
+PERCENT = {"bar_format": "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"}
 
 
 # --- measures of damage ------------------------------------------------------------------------
@@ -63,7 +66,7 @@ def kl_probe(model: Model, sequences: Tensor) -> Probe:
     position is judged, since the head costs as much as a third of the layers."""
     every = 4
     batches = list(sequences.to(model.device).split(2))
-    base = [model.hidden(ids)[:, ::every] for ids in batches]
+    base = [hidden[:, ::every] for hidden in base_hidden(model, batches)]
 
     def damage(hiddens: list[Tensor]) -> dict[str, float]:
         parts = []
@@ -98,7 +101,7 @@ def recall_probe(model: Model, tokenizer: Tokenizer, text: Tensor) -> Probe:
         scored = [score_rows(x, model.head, group) for x, group in zip(hiddens, groups.values())]
         return [[answer.log_likelihood for answer in group] for group in scored]
 
-    base = log_likelihoods([model.hidden(ids) for ids in batches])
+    base = log_likelihoods(base_hidden(model, batches))
 
     def damage(hiddens: list[Tensor]) -> dict[str, float]:
         columns = {}
@@ -121,8 +124,17 @@ def task_probe(model: Model, tokenizer: Tokenizer, path: str) -> Probe:
         scored = [score_rows(hidden, model.head, group) for hidden, group in zip(hiddens, groups)]
         return task_accuracy(items, scored)["accuracy"]
 
-    base = accuracy([model.hidden(ids) for ids in batches])
+    base = accuracy(base_hidden(model, batches))
     return Probe(batches, lambda hiddens: {"task": base - accuracy(hiddens)})
+
+
+def base_hidden(model: Model, batches: list[Tensor]) -> list[Tensor]:
+    """What the untouched model makes of a probe's batches: [B, T, d] each, after the final norm."""
+    stream = [model.embed_tokens(ids) for ids in batches]
+    n = len(model.layers)
+    with progress(total=n * count_tokens(batches), desc="original", **PERCENT) as bar:
+        ends = advance(model, stream, 0, n, bar)
+    return [model.norm(x) for x in ends]
 
 
 @torch.inference_mode()
@@ -153,58 +165,79 @@ def scan(
     model: Model, probes: list[Probe], tiers: dict, path: Path, identity: dict, layers: list[dict]
 ) -> list[dict]:
     """Changes each layer alone to X and to L: [{"X": {column: damage}, "L": ...} per layer],
-    several layers at a time under torchrun.
+    several trials at a time under torchrun.
 
-    tiers: the settings of L. Goes on after the `layers` that an earlier run has measured, and
-    writes all of them to `path` after every layer. Raises Diverged for damage that is not finite.
+    tiers: the settings of L. Goes on after the trials in `layers`, which an earlier run has made,
+    and writes all of them to `path` after each. Raises Diverged for damage that is not finite.
     """
     n = len(model.layers)
-    altered = {tier: convert(model, tier * n, **tiers) for tier in "XL"}  # a trial takes a block
+    altered = {tier: convert(model, tier * n, **tiers) for tier in TRIALS}  # a trial takes a block
+    layers = [dict(row) for row in layers]
     rank, world = rank_and_world()
+    rounds = range(count_trials(layers), 2 * n, world)
+    own = [(k + rank) // 2 for k in rounds if k + rank < 2 * n]  # the layers of its trials
 
-    i = len(layers) + rank
     streams = [[model.embed_tokens(ids) for ids in probe.batches] for probe in probes]
-    streams = advance(model, streams, 0, i)
-    with progress(total=2 * n, initial=2 * len(layers), desc="scanning", unit="trial") as bar:
-        while len(layers) < n:  # each process takes one of the next layers
-            measured = {}
-            for tier in "XL" if i < n else "":
+    tokens = sum(count_tokens(probe.batches) for probe in probes)
+    blocks = max(own, default=0) + sum(n - i for i in own)
+    at = 0  # the layer that the streams enter
+    with progress(total=blocks * tokens, desc="scanning", **PERCENT) as bar:
+        for k in rounds:  # each process takes one of the next trials
+            i, tier = (k + rank) // 2, TRIALS[(k + rank) % 2]
+            measured = None
+            if i < n:
+                streams = [advance(model, stream, at, i, bar) for stream in streams]
+                at = i
+                bar.set_description_str(f"scanning, layer {i} of {n} as {tier}", refresh=False)
                 columns = {}
                 for probe, stream in zip(probes, streams):
-                    changed = advance(altered[tier], [stream], i, i + 1)
-                    (ends,) = advance(model, changed, i + 1, n)
+                    changed = advance(altered[tier], stream, i, i + 1, bar)
+                    ends = advance(model, changed, i + 1, n, bar)
                     columns |= probe.damage([model.norm(x) for x in ends])
                 if not all(map(math.isfinite, columns.values())):
                     raise Diverged(f"the damage of layer {i} as {tier} is not a finite number")
-                measured[tier] = columns
                 shown = " ".join(f"{k} {columns[k]:.3f}" for k in MEASURES if k in columns)
-                bar.set_postfix_str(f"layer {i} {tier} {shown}")
-                bar.update()
+                bar.set_postfix_str(f"last trial: {shown}", refresh=False)
+                measured = i, tier, columns
 
-            layers = layers + [row for row in gather(measured) if row]
-            bar.update(2 * len(layers) - bar.n)
+            for i, tier, columns in filter(None, gather(measured)):
+                if i == len(layers):
+                    layers.append({})
+                layers[i][tier] = columns
             if rank == 0:
-                write_json(path, {"identity": identity, "layers": layers})
-            streams = advance(model, streams, i, i + world)
-            i += world
+                write_json(path, {"identity": identity, "of": n, "layers": layers})
     return layers
 
 
-def advance(model: Model, streams: list[list[Tensor]], first: int, last: int):
-    """Runs layers first..last-1, as far as there are any, on the residual streams of all probes."""
-    last = min(last, len(model.layers))
-    return [[model.run_layers(x, first, last) for x in stream] for stream in streams]
+def advance(model: Model, stream: list[Tensor], first: int, last: int, bar: tqdm) -> list[Tensor]:
+    """Runs layers first..last-1 on the residual stream of each batch of a probe, [B, T, d]."""
+    ends = []
+    for x in stream:
+        for i in range(first, last):
+            x = model.run_layers(x, i, i + 1)
+            bar.update(x.shape[0] * x.shape[1])
+        ends.append(x)
+    return ends
+
+
+def count_tokens(batches: list[Tensor]) -> int:
+    return sum(ids.numel() for ids in batches)
+
+
+def count_trials(layers: list[dict]) -> int:
+    return sum(map(len, layers))
 
 
 def check_scan(path: Path, identity: dict, measures: list[str], n: int) -> list[dict]:
-    """The layers that a scan file holds. Raises InputError naming the first thing in which it
-    differs from this run: a whole one must have the measures that are asked for, one that is to be
-    gone on with no others."""
+    """The layers that a scan file holds, the last one perhaps as X alone. One that was made on
+    other text will do, and a line says so. Raises InputError naming the first other thing in which
+    it differs from this run: a whole one must have the measures that are asked for, one that is to
+    be gone on with no others."""
     again = "scan again (leave out --scan, or give another --out)"
     made = read_json(path)
     require(made.get("identity") and made.get("layers"), f"{path}: is no scan file; {again}")
     columns = [name for name in MEASURES if name in made["layers"][0]["X"]]
-    unfinished = len(made["layers"]) < n
+    unfinished = count_trials(made["layers"]) < 2 * n
     require(
         set(measures) <= set(columns) and not (unfinished and set(measures) < set(columns)),
         f"{path}: was measured with --measure {'+'.join(columns)}, "
@@ -213,9 +246,12 @@ def check_scan(path: Path, identity: dict, measures: list[str], n: int) -> list[
     for key, value in identity.items():
         before = made["identity"].get(key)
         require(
-            before == value,
+            key == "data" or before == value,
             f"{path}: was measured with {key} {before}, this run has {value}; {again}",
         )
+    if made["identity"].get("data") != identity.get("data"):
+        say(f"{path} was measured on other text than this run's; it is used all the same.")
+        identity["data"] = "several texts"  # where this run goes on with it
     return made["layers"]
 
 
