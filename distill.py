@@ -25,7 +25,7 @@ takes its share of each step's sequences, and the gradients are summed (data par
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -316,6 +316,14 @@ def find_checkpoint(paths: list[Path], settings: Healing, identity: dict) -> Pat
         "give more, or another --out",
     )
     return None
+
+
+def healed_tokens(checkpoint: Path) -> tuple[int, int]:
+    """How many tokens a run has trained on at a checkpoint, and of how many."""
+    with open_safetensors(checkpoint, IF_DAMAGED) as file:
+        step, made_with = (json.loads(file.metadata()[key]) for key in ("step", "identity"))
+    settings = Healing(**{field.name: made_with[field.name] for field in fields(Healing)})
+    return settings.tokens_after(step), settings.trained_tokens
 
 
 # --- losses ------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ from torch import Tensor
 import cpu
 import report
 import scan
-from distill import Healing, heal, tail_names
-from hub import C4, find_model, read_documents, require
+from distill import Healing, heal, healed_tokens, tail_names
+from hub import C4, find_model, read_documents, read_json, require
 from kernels import FEATURE_MAPS
 from machine import (
     MACHINE_FLAGS,
@@ -49,6 +49,11 @@ from tokenizer import Tokenizer, load_tokenizer, pack_sequences
 LONG_CONTEXT = 4096  # tokens a sequence in the last stage of healing, or all of its positions
 TEXT_TOKENS = 10_000_000  # read to heal on, whatever the budget: a run can go on to a larger one
 VALIDATION_SEQUENCES = 8  # of the evaluation's, watched while healing
+
+# What is written to --out as it is made, for a run that was stopped to go on from.
+SCAN = "scan.json"
+CHECKPOINT = "healing.safetensors"
+EVALUATION = "evaluation.json"
 
 TINY = Path(os.path.relpath(Path(__file__).resolve().parent / "tiny"))
 TINY_DEFAULTS = {  # what stands for flags that are not given, without --model
@@ -105,15 +110,17 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     )
     same = scan.identity_of(model, train, tiers) | {"plan": plan, "dtype": args.dtype}
     watched = valid[:VALIDATION_SEQUENCES]
-    curve = heal(model, student, train, watched, settings, out / "healing.safetensors", same)
+    curve = heal(model, student, train, watched, settings, out / CHECKPOINT, same)
     if not is_main_process():
         return  # the main process does the rest
+    say(f"\nSave: the healed model, to {out}.")
     save_model(student, out, source)
 
     # Evaluate and report.
     say("\nEvaluate: the untouched, the converted and the healed model on the same text.")
     models = {"base": model, "converted": converted, "healed": student}
-    figures = report.evaluate(models, model, tokenizer, valid, tasks, args.passkeys)
+    measured = out / EVALUATION
+    figures = report.evaluate(models, model, tokenizer, valid, tasks, args.passkeys, measured)
     report.write_report(figures, curve, settings, args, layers, time.monotonic() - started)
     for name in ("base", "healed"):
         say(f"{name + ' goes on:':17}" + report.continuation(models[name], tokenizer, valid))
@@ -182,7 +189,7 @@ def scan_layers(
         same["task file"] = scan.hash_file(args.tasks[0])
 
     layers = []
-    path = Path(args.scan or Path(args.out) / "scan.json")
+    path = Path(args.scan or Path(args.out) / SCAN)
     if path.exists() and (args.scan or args.plan is None):
         layers = scan.check_scan(path, same, args.measure, n)
     scanned = scan.count_trials(layers) // 2
@@ -315,6 +322,21 @@ def describe_plan(model: Model, plan: str, tiers: dict, layers: list[dict], meas
     return lines
 
 
+def kept(out: Path) -> str:
+    """What a run that was stopped has left in its folder: the same command goes on from there."""
+    parts = []
+    if (path := out / SCAN).exists():
+        made = read_json(path)
+        done = scan.count_trials(made["layers"]) / 2
+        parts.append(f"scan of {done:g} of {made.get('of', '?')} layers in {path}")
+    if (path := out / CHECKPOINT).exists():
+        seen, total = healed_tokens(path)
+        parts.append(f"healing of {seen:,} of {total:,} tokens in {path}")
+    if (path := out / EVALUATION).exists():
+        parts.append(f"{', '.join(read_json(path))} in {path}")
+    return f"; kept: {'; '.join(parts) or 'nothing yet'}"
+
+
 def generate_text(model: Model, tokenizer: Tokenizer, args) -> None:
     """Streams the continuation of --prompt to the terminal."""
     ids = tokenizer.encode(args.prompt)
@@ -434,8 +456,9 @@ def run(args) -> None:
 def main(argv=None) -> int:
     args = parse_arguments(argv)
     cpu.enabled = args.compile is not False
-    go_on = f"; run the same command again to go on from what is in {args.out}"
-    return run_program("layerboost", lambda: run(args), go_on if args.prompt is None else "")
+    if args.prompt is not None:
+        return run_program("layerboost", lambda: run(args))
+    return run_program("layerboost", lambda: run(args), lambda: kept(Path(args.out)))
 
 
 if __name__ == "__main__":

@@ -100,17 +100,29 @@ def sliced_logits(hidden: Tensor, base_hidden: Tensor, head: Tensor, base_head: 
 
 
 @torch.inference_mode()
+def hidden_states(model: Model, sequences: Tensor, batch: int = 4) -> list[Tensor]:
+    """Those of sequences [N, T] of ids, after the final norm: [batch, T, d] each."""
+    batches = sequences.to(model.device).split(batch)
+    return [model.hidden(ids) for ids in progress(batches, desc="original", leave=False)]
+
+
+@torch.inference_mode()
 def text_quality(
-    models: dict[str, Model], base: Model, tokenizer: Tokenizer, sequences: Tensor, batch: int = 4
+    models: dict[str, Model],
+    base: Model,
+    tokenizer: Tokenizer,
+    sequences: Tensor,
+    base_states: list[Tensor] | None = None,
 ) -> dict[str, dict]:
     """{name: {perplexity, bits_per_byte, kl, agreement}} on sequences [N, T] of ids, the last two
-    against `base`. Bits per UTF-8 byte of the text, special tokens left out, are perplexity made
-    comparable between tokenizers."""
+    against `base`, whose `hidden_states` on them are made here where they are not given. Bits per
+    UTF-8 byte of the text, special tokens left out, are perplexity made comparable between
+    tokenizers."""
+    base_states = base_states or hidden_states(base, sequences)
     totals = {name: torch.zeros(3, dtype=torch.float64) for name in models}
-    batches = sequences.to(base.device).split(batch)
-    for ids in progress(batches, desc="text", unit="batch", leave=False):
+    batches = sequences.to(base.device).split(len(base_states[0]))
+    for ids, base_hidden in zip(progress(batches, desc="text", leave=False), base_states):
         following = F.pad(ids[:, 1:], (0, 1))
-        base_hidden = base.hidden(ids)
         for name, model in models.items():
             hidden = base_hidden if model is base else model.hidden(ids)
             figures = compare_by_position(hidden, base_hidden, model.head, base.head, following)

@@ -1204,7 +1204,8 @@ def test_text_quality_by_its_definition(llama):
     ids = torch.randint(0, 700, (3, 40))
     ids[0, 7] = tokenizer.added["<|endoftext|>"]
     models = {"base": base, "other": other}
-    report = measure.text_quality(models, base, tokenizer, ids, batch=2)
+    states = measure.hidden_states(base, ids, batch=2)
+    report = measure.text_quality(models, base, tokenizer, ids, states)
     assert report["base"]["kl"] == 0 and report["base"]["agreement"] == 1
 
     figures = report["other"]
