@@ -246,7 +246,7 @@ def library(heads: int, head_dim: int, dtype: torch.dtype) -> ctypes.CDLL:
         os.close(handle)
         try:
             build = [*command, str(SOURCE), "-o", temporary]
-            with progress(desc="building cpu.cpp", bar_format="{desc} {elapsed}", leave=False):
+            with progress(desc="building cpu.cpp", bar_format="{desc} {elapsed}"):
                 subprocess.run(build, text=True, check=True, capture_output=True)
             os.replace(temporary, path)
         finally:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from hub import open_safetensors, require, save_safetensors
 from kernels import sliced_kl
 from machine import Diverged, Interrupt, gather, progress, rank_and_world, say, sum_over_processes
-from measure import kl_by_position
+from measure import hidden_states, kl_by_position
 from model import Model
 
 AVERAGE = 3  # step t of a stage counts as t^AVERAGE in the average of its weights
@@ -215,9 +215,8 @@ class Run:
 
         rank, world = rank_and_world()
         parts = valid[rank::world].to(teacher.device).split(4)
-        parts = progress([ids for ids in parts if len(ids)], desc="original", leave=False)
-        with torch.no_grad():  # the teacher's hidden states [B, T, d] on this process's share
-            self.targets = [(ids, teacher.hidden(ids)) for ids in parts]
+        parts = [ids for ids in parts if len(ids)]  # this process's share
+        self.targets = list(zip(parts, hidden_states(teacher, parts)))
 
     def load(self, path: Path) -> None:
         with open_safetensors(path, IF_DAMAGED) as file:

@@ -50,11 +50,6 @@ LONG_CONTEXT = 4096  # tokens a sequence in the last stage of healing, or all of
 TEXT_TOKENS = 10_000_000  # read to heal on, whatever the budget: a run can go on to a larger one
 VALIDATION_SEQUENCES = 8  # of the evaluation's, watched while healing
 
-# What is written to --out as it is made, for a run that was stopped to go on from.
-SCAN = "scan.json"
-CHECKPOINT = "healing.safetensors"
-EVALUATION = "evaluation.json"
-
 TINY = Path(os.path.relpath(Path(__file__).resolve().parent / "tiny"))
 TINY_DEFAULTS = {  # what stands for flags that are not given, without --model
     "model": str(TINY),
@@ -110,7 +105,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     )
     same = scan.identity_of(model, train, tiers) | {"plan": plan, "dtype": args.dtype}
     watched = valid[:VALIDATION_SEQUENCES]
-    curve = heal(model, student, train, watched, settings, out / CHECKPOINT, same)
+    curve = heal(model, student, train, watched, settings, out / "healing.safetensors", same)
     if not is_main_process():
         return  # the main process does the rest
     say(f"\nSave: the healed model, to {out}.")
@@ -119,7 +114,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     # Evaluate and report.
     say("\nEvaluate: the untouched, the converted and the healed model on the same text.")
     models = {"base": model, "converted": converted, "healed": student}
-    measured = out / EVALUATION
+    measured = out / "evaluation.json"
     figures = report.evaluate(models, model, tokenizer, valid, tasks, args.passkeys, measured)
     report.write_report(figures, curve, settings, args, layers, time.monotonic() - started)
     for name in ("base", "healed"):
@@ -189,7 +184,7 @@ def scan_layers(
         same["task file"] = scan.hash_file(args.tasks[0])
 
     layers = []
-    path = Path(args.scan or Path(args.out) / SCAN)
+    path = Path(args.scan or Path(args.out) / "scan.json")
     if path.exists() and (args.scan or args.plan is None):
         layers = scan.check_scan(path, same, args.measure, n)
     scanned = scan.count_trials(layers) // 2
@@ -325,14 +320,14 @@ def describe_plan(model: Model, plan: str, tiers: dict, layers: list[dict], meas
 def kept(out: Path) -> str:
     """What a run that was stopped has left in its folder: the same command goes on from there."""
     parts = []
-    if (path := out / SCAN).exists():
+    if (path := out / "scan.json").exists():
         made = read_json(path)
         done = scan.count_trials(made["layers"]) / 2
         parts.append(f"scan of {done:g} of {made.get('of', '?')} layers in {path}")
-    if (path := out / CHECKPOINT).exists():
+    if (path := out / "healing.safetensors").exists():
         seen, total = healed_tokens(path)
         parts.append(f"healing of {seen:,} of {total:,} tokens in {path}")
-    if (path := out / EVALUATION).exists():
+    if (path := out / "evaluation.json").exists():
         parts.append(f"{', '.join(read_json(path))} in {path}")
     return f"; kept: {'; '.join(parts) or 'nothing yet'}"
 

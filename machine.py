@@ -42,7 +42,7 @@ def progress(*iterable, **options) -> tqdm:
     every two seconds, also within a long step. The time left is by the average rate since the
     start, which counts pauses in, such as validation."""
     kind = tqdm if sys.stderr.isatty() else Lines
-    bar = kind(*iterable, disable=not is_main_process(), smoothing=0, **options)
+    bar = kind(*iterable, disable=not is_main_process(), leave=False, smoothing=0, **options)
     if not bar.disable:
         threading.Thread(target=keep_moving, args=(bar,), daemon=True).start()
     return bar
@@ -52,9 +52,6 @@ class Lines(tqdm):
     """What stands for bars in a file or a pipe: one line every LINE_SECONDS, of whichever moves."""
 
     last = time.monotonic()
-
-    def __init__(self, *iterable, **options):
-        super().__init__(*iterable, **options | {"leave": False})
 
     def display(self, msg=None, pos=None):
         if msg is None and time.monotonic() - Lines.last >= LINE_SECONDS:

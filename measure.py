@@ -44,6 +44,7 @@ from machine import progress
 from model import Model
 from tokenizer import Tokenizer
 
+TEXT_BATCH = 4  # sequences that are read together
 RECALL_LENGTHS = (256, 512, 1024, 2048)
 RECALL_DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -100,10 +101,9 @@ def sliced_logits(hidden: Tensor, base_hidden: Tensor, head: Tensor, base_head: 
 
 
 @torch.inference_mode()
-def hidden_states(model: Model, sequences: Tensor, batch: int = 4) -> list[Tensor]:
-    """Those of sequences [N, T] of ids, after the final norm: [batch, T, d] each."""
-    batches = sequences.to(model.device).split(batch)
-    return [model.hidden(ids) for ids in progress(batches, desc="original", leave=False)]
+def hidden_states(model: Model, batches: list[Tensor]) -> list[Tensor]:
+    """What the original makes of batches of ids [B, T]: [B, T, d] each, after the final norm."""
+    return [model.hidden(ids) for ids in progress(batches, desc="original")]
 
 
 @torch.inference_mode()
@@ -118,10 +118,10 @@ def text_quality(
     against `base`, whose `hidden_states` on them are made here where they are not given. Bits per
     UTF-8 byte of the text, special tokens left out, are perplexity made comparable between
     tokenizers."""
-    base_states = base_states or hidden_states(base, sequences)
+    batches = sequences.to(base.device).split(TEXT_BATCH)
+    base_states = base_states or hidden_states(base, batches)
     totals = {name: torch.zeros(3, dtype=torch.float64) for name in models}
-    batches = sequences.to(base.device).split(len(base_states[0]))
-    for ids, base_hidden in zip(progress(batches, desc="text", leave=False), base_states):
+    for ids, base_hidden in zip(progress(batches, desc="text"), base_states):
         following = F.pad(ids[:, 1:], (0, 1))
         for name, model in models.items():
             hidden = base_hidden if model is base else model.hidden(ids)
@@ -166,7 +166,7 @@ def score_answers(
     longest_first = sorted(range(len(prompts)), key=lengths.__getitem__, reverse=True)
     scored: dict[int, Scored] = {}
 
-    with progress(total=len(prompts), desc=desc, leave=False) as bar:
+    with progress(total=len(prompts), desc=desc) as bar:
         while len(scored) < len(prompts):
             longest = lengths[longest_first[len(scored)]]
             count = max(1, batch_tokens // longest)

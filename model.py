@@ -401,7 +401,7 @@ def read_weights(folder: Path, model: Model, dtype: torch.dtype, device: str) ->
     wrong = []
     for file in weight_files(folder):
         with open_safetensors(file) as tensors:
-            names = progress(tensors.keys(), desc=f"loading {file.name}", leave=False)
+            names = progress(tensors.keys(), desc=f"loading {file.name}")
             for stored in names:
                 name = stored.removeprefix("model.")
                 if name not in wanted:

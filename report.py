@@ -50,14 +50,18 @@ def evaluate(
     del engines  # and the memory of their caches
 
     count = max(1, passkeys // len(measure.RECALL_DEPTHS))
-    base_states = functools.cache(lambda: measure.hidden_states(base, valid))
+    batches = valid.to(base.device).split(measure.TEXT_BATCH)
+    base_states = functools.cache(lambda: measure.hidden_states(base, batches))
 
     def text(model: Model) -> dict:
         return measure.text_quality({"": model}, base, tokenizer, valid, base_states())[""]
 
     report = {}
     for name, model in models.items():
-        same = identity_of(model, base, valid)
+        same = {
+            "tensors": fingerprint(*model.parameters(), *base.parameters(), valid),
+            "config": f"{model.config} {model.norm.weight.dtype}",
+        }
         report[name] = figures = once(path, f"text of {name}", same, text, model)
         reach = model.config.max_position_embeddings
         lengths = [length for length in measure.RECALL_LENGTHS if length <= reach]
@@ -84,18 +88,6 @@ def once(path: Path | None, name: str, identity: dict, function, *arguments) -> 
         if path:
             write_json(path, kept)
     return kept[name]["figures"]
-
-
-def identity_of(model: Model, base: Model, valid: Tensor) -> dict:
-    """What must be the same for a figure to be the same."""
-    config = model.config
-    return {
-        "weights": fingerprint(*model.parameters(), *base.parameters()),
-        "text": fingerprint(valid),
-        "plan": config.plan,
-        "tiers": [config.window, config.sinks, config.feature_map, config.healed_context],
-        "machine": f"{model.norm.weight.dtype} on {model.device}",
-    }
 
 
 def table(report: dict[str, dict]) -> str:

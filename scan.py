@@ -30,6 +30,7 @@ from tqdm import tqdm
 from hub import read_json, require, write_json
 from machine import Diverged, gather, progress, rank_and_world, say
 from measure import (
+    hidden_states,
     kl_by_position,
     mean,
     pad_prompts,
@@ -47,8 +48,6 @@ CALIBRATION_SEQUENCES = 4
 RECALL_PROMPTS = {512: 4, 1024: 2, 2048: 1}  # by context length, of the recall measure
 TASK_ITEMS = 100  # of the first question file, of the task measure
 MEASURES = ("kl", "recall", "task")
-TRIALS = "XL"  # of each layer, in this order
-PERCENT = {"bar_format": "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"}
 
 
 # --- measures of damage ------------------------------------------------------------------------
@@ -66,7 +65,7 @@ def kl_probe(model: Model, sequences: Tensor) -> Probe:
     position is judged, since the head costs as much as a third of the layers."""
     every = 4
     batches = list(sequences.to(model.device).split(2))
-    base = [hidden[:, ::every] for hidden in base_hidden(model, batches)]
+    base = [hidden[:, ::every] for hidden in hidden_states(model, batches)]
 
     def damage(hiddens: list[Tensor]) -> dict[str, float]:
         parts = []
@@ -101,7 +100,7 @@ def recall_probe(model: Model, tokenizer: Tokenizer, text: Tensor) -> Probe:
         scored = [score_rows(x, model.head, group) for x, group in zip(hiddens, groups.values())]
         return [[answer.log_likelihood for answer in group] for group in scored]
 
-    base = log_likelihoods(base_hidden(model, batches))
+    base = log_likelihoods(hidden_states(model, batches))
 
     def damage(hiddens: list[Tensor]) -> dict[str, float]:
         columns = {}
@@ -124,17 +123,8 @@ def task_probe(model: Model, tokenizer: Tokenizer, path: str) -> Probe:
         scored = [score_rows(hidden, model.head, group) for hidden, group in zip(hiddens, groups)]
         return task_accuracy(items, scored)["accuracy"]
 
-    base = accuracy(base_hidden(model, batches))
+    base = accuracy(hidden_states(model, batches))
     return Probe(batches, lambda hiddens: {"task": base - accuracy(hiddens)})
-
-
-def base_hidden(model: Model, batches: list[Tensor]) -> list[Tensor]:
-    """What the untouched model makes of a probe's batches: [B, T, d] each, after the final norm."""
-    stream = [model.embed_tokens(ids) for ids in batches]
-    n = len(model.layers)
-    with progress(total=n * count_tokens(batches), desc="original", **PERCENT) as bar:
-        ends = advance(model, stream, 0, n, bar)
-    return [model.norm(x) for x in ends]
 
 
 @torch.inference_mode()
@@ -171,41 +161,38 @@ def scan(
     and writes all of them to `path` after each. Raises Diverged for damage that is not finite.
     """
     n = len(model.layers)
-    altered = {tier: convert(model, tier * n, **tiers) for tier in TRIALS}  # a trial takes a block
-    layers = [dict(row) for row in layers]
+    altered = {tier: convert(model, tier * n, **tiers) for tier in "XL"}  # a trial takes a block
     rank, world = rank_and_world()
-    rounds = range(count_trials(layers), 2 * n, world)
-    own = [(k + rank) // 2 for k in rounds if k + rank < 2 * n]  # the layers of its trials
+    trials = [(i, tier) for i in range(n) for tier in "XL"][count_trials(layers) :]
+    own = trials[rank::world]  # each process takes one of the next trials
+    idle = math.ceil(len(trials) / world) - len(own)  # 1 where others have one more, else 0
 
+    layers = [dict(row) for row in layers] + [{} for _ in range(n - len(layers))]
     streams = [[model.embed_tokens(ids) for ids in probe.batches] for probe in probes]
-    tokens = sum(count_tokens(probe.batches) for probe in probes)
-    blocks = max(own, default=0) + sum(n - i for i in own)
-    at = 0  # the layer that the streams enter
-    with progress(total=blocks * tokens, desc="scanning", **PERCENT) as bar:
-        for k in rounds:  # each process takes one of the next trials
-            i, tier = (k + rank) // 2, TRIALS[(k + rank) % 2]
-            measured = None
-            if i < n:
-                streams = [advance(model, stream, at, i, bar) for stream in streams]
-                at = i
-                bar.set_description_str(f"scanning, layer {i} of {n} as {tier}", refresh=False)
-                columns = {}
-                for probe, stream in zip(probes, streams):
-                    changed = advance(altered[tier], stream, i, i + 1, bar)
-                    ends = advance(model, changed, i + 1, n, bar)
-                    columns |= probe.damage([model.norm(x) for x in ends])
-                if not all(map(math.isfinite, columns.values())):
-                    raise Diverged(f"the damage of layer {i} as {tier} is not a finite number")
-                shown = " ".join(f"{k} {columns[k]:.3f}" for k in MEASURES if k in columns)
-                bar.set_postfix_str(f"last trial: {shown}", refresh=False)
-                measured = i, tier, columns
+    entered = 0  # the layer that the streams enter
+    tokens = sum(ids.numel() for probe in probes for ids in probe.batches)
+    blocks = max(own, default=(0, ""))[0] + sum(n - i for i, _ in own)
+    bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+    with progress(total=blocks * tokens, desc="scanning", bar_format=bar_format) as bar:
+        for i, tier in own + [(n, "")] * idle:
+            columns = {}
+            streams = [advance(model, stream, entered, i, bar) for stream in streams]
+            entered = i
+            for probe, stream in zip(probes, streams if tier else ()):
+                changed = advance(altered[tier], stream, i, i + 1, bar)
+                ends = advance(model, changed, i + 1, n, bar)
+                columns |= probe.damage([model.norm(x) for x in ends])
+            if not all(map(math.isfinite, columns.values())):
+                raise Diverged(f"the damage of layer {i} as {tier} is not a finite number")
+            shown = " ".join(f"{k} {columns[k]:.3f}" for k in MEASURES if k in columns)
+            bar.set_postfix_str(f"layer {i} of {n} as {tier}: {shown}", refresh=False)
 
-            for i, tier, columns in filter(None, gather(measured)):
-                if i == len(layers):
-                    layers.append({})
-                layers[i][tier] = columns
+            for layer, letter, damage in gather((i, tier, columns)):
+                if damage:
+                    layers[layer][letter] = damage
             if rank == 0:
-                write_json(path, {"identity": identity, "of": n, "layers": layers})
+                done = [row for row in layers if row]
+                write_json(path, {"identity": identity, "of": n, "layers": done})
     return layers
 
 
@@ -218,10 +205,6 @@ def advance(model: Model, stream: list[Tensor], first: int, last: int, bar: tqdm
             bar.update(x.shape[0] * x.shape[1])
         ends.append(x)
     return ends
-
-
-def count_tokens(batches: list[Tensor]) -> int:
-    return sum(ids.numel() for ids in batches)
 
 
 def count_trials(layers: list[dict]) -> int:

@@ -1199,13 +1199,13 @@ def test_kl_by_position_by_its_definition(llama, monkeypatch):
 
 
 @torch.inference_mode()
-def test_text_quality_by_its_definition(llama):
+def test_text_quality_by_its_definition(llama, monkeypatch):
     base, other, tokenizer = load_model(str(llama)), boosted(llama), load_tokenizer(str(llama))
     ids = torch.randint(0, 700, (3, 40))
     ids[0, 7] = tokenizer.added["<|endoftext|>"]
     models = {"base": base, "other": other}
-    states = measure.hidden_states(base, ids, batch=2)
-    report = measure.text_quality(models, base, tokenizer, ids, states)
+    monkeypatch.setattr(measure, "TEXT_BATCH", 2)
+    report = measure.text_quality(models, base, tokenizer, ids)
     assert report["base"]["kl"] == 0 and report["base"]["agreement"] == 1
 
     figures = report["other"]

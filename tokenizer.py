@@ -187,7 +187,7 @@ def pack_sequences(
     wanted = math.inf if tokens is None else -(-tokens // context) * context
     ids: list[int] = []
     desc = "reading text" if tokens is None else f"reading text, at most {tokens:,} tokens"
-    with progress(desc=desc, unit="tok", unit_scale=True, leave=False) as bar:
+    with progress(desc=desc, unit="tok", unit_scale=True) as bar:
         for text in documents:
             before = len(ids)
             ids += tokenizer.encode(text) + list(eos[:1])
