@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from hub import InputError
 
+BEAT_SECONDS = 2  # between two moves of a bar's clock
 LINE_SECONDS = 30  # between two lines where stderr is no terminal
 
 # --- the terminal ------------------------------------------------------------------------------
@@ -39,8 +40,8 @@ def say(*lines) -> None:
 
 def progress(*iterable, **options) -> tqdm:
     """A tqdm bar on the main process alone, lines where stderr is no terminal. Its clock moves
-    every two seconds, also within a long step. The time left is by the average rate since the
-    start, which counts pauses in, such as validation."""
+    within a long step, too. The time left is by the average rate since the start, which counts
+    pauses in, such as validation."""
     kind = tqdm if sys.stderr.isatty() else Lines
     bar = kind(*iterable, disable=not is_main_process(), leave=False, smoothing=0, **options)
     if not bar.disable:
@@ -64,7 +65,7 @@ class Lines(tqdm):
 
 def keep_moving(bar: tqdm) -> None:
     while not bar.disable:  # as it is once closed
-        time.sleep(2)
+        time.sleep(BEAT_SECONDS)
         with bar.get_lock():
             bar.refresh(nolock=True)
 
