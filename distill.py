@@ -214,8 +214,8 @@ class Run:
             self.load(path)
 
         rank, world = rank_and_world()
-        parts = valid[rank::world].to(teacher.device).split(4)
-        parts = [ids for ids in parts if len(ids)]  # this process's share
+        share = valid[rank::world].to(teacher.device).split(4)
+        parts = [ids for ids in share if len(ids)]
         self.targets = list(zip(parts, hidden_states(teacher, parts)))
 
     def load(self, path: Path) -> None:

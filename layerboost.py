@@ -451,9 +451,8 @@ def run(args) -> None:
 def main(argv=None) -> int:
     args = parse_arguments(argv)
     cpu.enabled = args.compile is not False
-    if args.prompt is not None:
-        return run_program("layerboost", lambda: run(args))
-    return run_program("layerboost", lambda: run(args), lambda: kept(Path(args.out)))
+    what = kept if args.prompt is None else lambda out: ""
+    return run_program("layerboost", lambda: run(args), lambda: what(Path(args.out)))
 
 
 if __name__ == "__main__":

@@ -108,11 +108,7 @@ def hidden_states(model: Model, batches: list[Tensor]) -> list[Tensor]:
 
 @torch.inference_mode()
 def text_quality(
-    models: dict[str, Model],
-    base: Model,
-    tokenizer: Tokenizer,
-    sequences: Tensor,
-    base_states: list[Tensor] | None = None,
+    models: dict[str, Model], base: Model, tokenizer: Tokenizer, sequences: Tensor, base_states=None
 ) -> dict[str, dict]:
     """{name: {perplexity, bits_per_byte, kl, agreement}} on sequences [N, T] of ids, the last two
     against `base`, whose `hidden_states` on them are made here where they are not given. Bits per

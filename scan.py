@@ -234,7 +234,7 @@ def check_scan(path: Path, identity: dict, measures: list[str], n: int) -> list[
         )
     if made["identity"].get("data") != identity.get("data"):
         say(f"{path} was measured on other text than this run's; it is used all the same.")
-        identity["data"] = "several texts"  # where this run goes on with it
+        identity["data"] = "several texts"  # if this run goes on with it
     return made["layers"]
 
 

@@ -634,6 +634,17 @@ def test_a_task_measure_belongs_to_its_question_file(llama, text, tmp_path, caps
         scan_module.check_scan(tmp_path / "scan.json", made_for, ["task"], 3)
 
 
+def test_a_scan_made_on_other_text_is_used_and_the_difference_stays_known(tmp_path, capsys):
+    path = tmp_path / "scan.json"
+    layers = [{"X": {"kl": 1.0}, "L": {"kl": 0.5}}, {"X": {"kl": 2.0}}]
+    path.write_text(json.dumps({"identity": {"data": "one", "window": 8}, "layers": layers}))
+    for data, said in (("one", 0), ("other", 1)):
+        identity = {"data": data, "window": 8}
+        assert scan_module.check_scan(path, identity, ["kl"], 2) == layers
+        assert capsys.readouterr().out.count("was measured on other text") == said
+    assert identity["data"] == "several texts"  # what the rest of it is written with
+
+
 def test_part_of_a_scan_is_no_scan(made, llama, text, tmp_path, capsys):
     whole = json.loads((made / "scan.json").read_text())
     part = tmp_path / "part.json"
