@@ -317,9 +317,11 @@ def describe_plan(model: Model, plan: str, tiers: dict, layers: list[dict], meas
     return lines
 
 
-def kept(out: Path) -> str:
+def kept(args) -> str:
     """What a run that was stopped has left in its folder: the same command goes on from there."""
-    parts = []
+    if args.prompt is not None:
+        return ""
+    out, parts = Path(args.out), []
     if (path := out / "scan.json").exists():
         made = read_json(path)
         done = scan.count_trials(made["layers"]) / 2
@@ -388,7 +390,11 @@ FLAGS = {
         "planner": (tuple(scan.PLANNERS), "tier", "tier: least damage; paper: bands by X"),
         "plan": (str, None, "this one: S, L or X for each layer, or uniform:L [scan and plan]"),
         "measure": (measure_names, "kl+recall", "damage: kl, recall, task or a sum"),
-        "scan": (str, None, "plan from this scan.json [scan, or go on with the one in OUT]"),
+        "scan": (
+            str,
+            None,
+            "plan from this scan.json, made on any text [scan, or go on with the one in OUT]",
+        ),
         "window": (int, 64, "last tokens that an L layer sees exactly"),
         "sinks": (int, 4, "first tokens that it sees exactly"),
         "feature-map": (str, "hedgehog", f"of its tail: {', '.join(FEATURE_MAPS)}"),
@@ -451,8 +457,7 @@ def run(args) -> None:
 def main(argv=None) -> int:
     args = parse_arguments(argv)
     cpu.enabled = args.compile is not False
-    what = kept if args.prompt is None else lambda out: ""
-    return run_program("layerboost", lambda: run(args), lambda: what(Path(args.out)))
+    return run_program("layerboost", lambda: run(args), lambda: kept(args))
 
 
 if __name__ == "__main__":
