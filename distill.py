@@ -25,7 +25,7 @@ takes its share of each step's sequences, and the gradients are summed (data par
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from hub import open_safetensors, require, save_safetensors
 from kernels import sliced_kl
 from machine import Diverged, Interrupt, gather, progress, rank_and_world, say, sum_over_processes
-from measure import kl_by_position
+from measure import hidden_states, kl_by_position
 from model import Model
 
 AVERAGE = 3  # step t of a stage counts as t^AVERAGE in the average of its weights
@@ -165,7 +165,7 @@ def heal(
     with bar, Interrupt() as interrupt:
         while True:
             if settings.validates(run.step):
-                bar.clear()
+                bar.set_postfix_str("validating")
                 run.validate()
 
             ended = run.step == settings.steps
@@ -214,9 +214,9 @@ class Run:
             self.load(path)
 
         rank, world = rank_and_world()
-        parts = valid[rank::world].to(teacher.device).split(4)
-        with torch.no_grad():  # the teacher's hidden states [B, T, d] on this process's share
-            self.targets = [(ids, teacher.hidden(ids)) for ids in parts if len(ids)]
+        share = valid[rank::world].to(teacher.device).split(4)
+        parts = [ids for ids in share if len(ids)]
+        self.targets = list(zip(parts, hidden_states(teacher, parts)))
 
     def load(self, path: Path) -> None:
         with open_safetensors(path, IF_DAMAGED) as file:
@@ -315,6 +315,14 @@ def find_checkpoint(paths: list[Path], settings: Healing, identity: dict) -> Pat
         "give more, or another --out",
     )
     return None
+
+
+def healed_tokens(checkpoint: Path) -> tuple[int, int]:
+    """How many tokens a run has trained on at a checkpoint, and of how many."""
+    with open_safetensors(checkpoint, IF_DAMAGED) as file:
+        step, made_with = (json.loads(file.metadata()[key]) for key in ("step", "identity"))
+    settings = Healing(**{field.name: made_with[field.name] for field in fields(Healing)})
+    return settings.tokens_after(step), settings.trained_tokens
 
 
 # --- losses ------------------------------------------------------------------------------------

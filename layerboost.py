@@ -28,8 +28,8 @@ from torch import Tensor
 import cpu
 import report
 import scan
-from distill import Healing, heal, tail_names
-from hub import C4, InputError, find_model, read_documents, require
+from distill import Healing, heal, healed_tokens, tail_names
+from hub import C4, InputError, find_model, read_documents, read_json, require
 from kernels import FEATURE_MAPS
 from machine import (
     MACHINE_FLAGS,
@@ -108,12 +108,14 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     curve = heal(model, student, train, watched, settings, out / "healing.safetensors", same)
     if not is_main_process():
         return  # the main process does the rest
+    say(f"\nSave: the healed model, to {out}.")
     save_model(student, out, source)
 
     # Evaluate and report.
     say("\nEvaluate: the untouched, the converted and the healed model on the same text.")
     models = {"base": model, "converted": converted, "healed": student}
-    figures = report.evaluate(models, model, tokenizer, valid, tasks, args.passkeys)
+    measured = out / "evaluation.json"
+    figures = report.evaluate(models, model, tokenizer, valid, tasks, args.passkeys, measured)
     report.write_report(figures, curve, settings, args, layers, time.monotonic() - started)
     for name in ("base", "healed"):
         say(f"{name + ' goes on:':17}" + report.continuation(models[name], tokenizer, valid))
@@ -186,22 +188,24 @@ def scan_layers(
     path = Path(args.scan or Path(args.out) / "scan.json")
     if path.exists() and (args.scan or args.plan is None):
         layers = scan.check_scan(path, same, args.measure, n)
+    scanned = scan.count_trials(layers) // 2
     require(
-        not args.scan or len(layers) == n,
-        f"--scan {args.scan}: holds {len(layers)} of {n} layers; repeat the command that makes it",
+        not args.scan or scanned == n,
+        f"--scan {args.scan}: holds {scanned} of {n} layers; repeat the command that makes it",
     )
 
-    announce(model, args, settings, calibration, valid, len(layers))
+    announce(model, args, settings, calibration, valid, scanned)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.compile:
         model.compiled_shapes |= {(2, longest), (settings.together, settings.context)}
     if args.plan:
         return layers
-    if len(layers) == n:
+    if scanned == n:
         say(f"\nScan: read from {path}.")
         return layers
 
-    say(f"\nScan: one layer at a time, from layer {len(layers)} on.")
+    resumed = f"resumed at layer {scanned} of {n}, from {path}" if layers else f"{n} layers"
+    say(f"\nScan: one layer at a time, {resumed}.")
     probes = scan.make_probes(model, tokenizer, args.measure, calibration, train, args.tasks)
     return scan.scan(model, probes, tiers, path, same, layers)
 
@@ -328,6 +332,23 @@ def describe_plan(model: Model, plan: str, tiers: dict, layers: list[dict], meas
     return lines
 
 
+def kept(args) -> str:
+    """What a run that was stopped has left in its folder: the same command goes on from there."""
+    if args.prompt is not None:
+        return ""
+    out, parts = Path(args.out), []
+    if (path := out / "scan.json").exists():
+        made = read_json(path)
+        done = scan.count_trials(made["layers"]) / 2
+        parts.append(f"scan of {done:g} of {made.get('of', '?')} layers in {path}")
+    if (path := out / "healing.safetensors").exists():
+        seen, total = healed_tokens(path)
+        parts.append(f"healing of {seen:,} of {total:,} tokens in {path}")
+    if (path := out / "evaluation.json").exists():
+        parts.append(f"{', '.join(read_json(path))} in {path}")
+    return f"; kept: {'; '.join(parts) or 'nothing yet'}"
+
+
 def generate_text(model: Model, tokenizer: Tokenizer, args) -> None:
     """Streams the continuation of --prompt to the terminal, or says why there is none."""
     ids = tokenizer.encode(args.prompt)
@@ -393,7 +414,11 @@ FLAGS = {
         "planner": (tuple(scan.PLANNERS), "tier", "tier: least damage; paper: bands by X"),
         "plan": (str, None, "this one: S, L or X for each layer, or uniform:L [scan and plan]"),
         "measure": (measure_names, "kl+recall", "damage: kl, recall, task or a sum"),
-        "scan": (str, None, "plan from this scan.json [scan, or go on with the one in OUT]"),
+        "scan": (
+            str,
+            None,
+            "plan from this scan.json, made on any text [scan, or go on with the one in OUT]",
+        ),
         "window": (int, 64, "last tokens that an L layer sees exactly"),
         "sinks": (int, 4, "first tokens that it sees exactly"),
         "feature-map": (str, "hedgehog", f"of its tail: {', '.join(FEATURE_MAPS)}"),
@@ -456,8 +481,7 @@ def run(args) -> None:
 def main(argv=None) -> int:
     args = parse_arguments(argv)
     cpu.enabled = args.compile is not False
-    go_on = f"; run the same command again to go on from what is in {args.out}"
-    return run_program("layerboost", lambda: run(args), go_on if args.prompt is None else "")
+    return run_program("layerboost", lambda: run(args), lambda: kept(args))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from machine import progress
 from model import Model
 from tokenizer import Tokenizer
 
+TEXT_BATCH = 4  # sequences that are read together
 RECALL_LENGTHS = (256, 512, 1024, 2048)
 RECALL_DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -100,17 +101,24 @@ def sliced_logits(hidden: Tensor, base_hidden: Tensor, head: Tensor, base_head: 
 
 
 @torch.inference_mode()
+def hidden_states(model: Model, batches: list[Tensor]) -> list[Tensor]:
+    """What the original makes of batches of ids [B, T]: [B, T, d] each, after the final norm."""
+    return [model.hidden(ids) for ids in progress(batches, desc="original")]
+
+
+@torch.inference_mode()
 def text_quality(
-    models: dict[str, Model], base: Model, tokenizer: Tokenizer, sequences: Tensor, batch: int = 4
+    models: dict[str, Model], base: Model, tokenizer: Tokenizer, sequences: Tensor, base_states=None
 ) -> dict[str, dict]:
     """{name: {perplexity, bits_per_byte, kl, agreement}} on sequences [N, T] of ids, the last two
-    against `base`. Bits per UTF-8 byte of the text, special tokens left out, are perplexity made
-    comparable between tokenizers."""
+    against `base`, whose `hidden_states` on them are made here where they are not given. Bits per
+    UTF-8 byte of the text, special tokens left out, are perplexity made comparable between
+    tokenizers."""
+    batches = sequences.to(base.device).split(TEXT_BATCH)
+    base_states = base_states or hidden_states(base, batches)
     totals = {name: torch.zeros(3, dtype=torch.float64) for name in models}
-    batches = sequences.to(base.device).split(batch)
-    for ids in progress(batches, desc="text", unit="batch", leave=False):
+    for ids, base_hidden in zip(progress(batches, desc="text"), base_states):
         following = F.pad(ids[:, 1:], (0, 1))
-        base_hidden = base.hidden(ids)
         for name, model in models.items():
             hidden = base_hidden if model is base else model.hidden(ids)
             figures = compare_by_position(hidden, base_hidden, model.head, base.head, following)
@@ -154,7 +162,7 @@ def score_answers(
     longest_first = sorted(range(len(prompts)), key=lengths.__getitem__, reverse=True)
     scored: dict[int, Scored] = {}
 
-    with progress(total=len(prompts), desc=desc, leave=False) as bar:
+    with progress(total=len(prompts), desc=desc) as bar:
         while len(scored) < len(prompts):
             longest = lengths[longest_first[len(scored)]]
             count = max(1, batch_tokens // longest)

@@ -35,6 +35,7 @@ from hub import (
     write_json,
 )
 from kernels import swiglu
+from machine import progress
 from tokenizer import load_tokenizer as load_tokenizer  # so that one import serves both
 
 # The parameters and buffers that stay float32 whatever the model's dtype.
@@ -421,7 +422,8 @@ def read_weights(folder: Path, model: Model, dtype: torch.dtype, device: str) ->
     wrong = []
     for file in weight_files(folder):
         with open_safetensors(file) as tensors:
-            for stored in tensors.keys():
+            names = progress(tensors.keys(), desc=f"loading {file.name}")
+            for stored in names:
                 name = stored.removeprefix("model.")
                 if name not in wanted:
                     tied_head = name == "lm_head.weight" and model.lm_head is None

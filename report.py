@@ -7,9 +7,11 @@ last line that the command prints is one JSON document.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import sys
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,9 +22,10 @@ import measure
 from bench import decode_times, format_table
 from distill import Healing
 from engine import Engine
-from hub import C4, DOCUMENT, read_documents, require, write_json, write_text
+from hub import C4, DOCUMENT, read_documents, read_json, require, write_json, write_text
 from machine import MACHINE_FLAGS, add_flags, at_least, pick_device, pick_dtype, run_program, say
 from model import Model, cache_bytes, load_model
+from scan import fingerprint
 from tokenizer import Tokenizer, load_tokenizer, pack_sequences
 
 CONTEXT = 1024  # tokens of a sequence, and that each holds where decoding is timed
@@ -36,29 +39,55 @@ def evaluate(
     valid: Tensor,
     tasks: dict[str, list[dict]],
     passkeys: int = 20,
+    path: Path | None = None,
 ) -> dict[str, dict]:
     """The figures of every model under its name: those of `measure.text_quality` on valid [N, T]
     ids, recall of about `passkeys` passkeys, hidden in that text, at each of RECALL_LENGTHS that
-    the model has positions for, tasks, cache_bytes and decode_tokens_per_second."""
+    the model has positions for, tasks, cache_bytes and decode_tokens_per_second. All but speed are
+    kept in the file `path` and not measured again (`once`)."""
     engines = {name: Engine(model, DECODED, CONTEXT) for name, model in models.items()}
     times = decode_times(engines, CONTEXT, 12)
     del engines  # and the memory of their caches
 
     count = max(1, passkeys // len(measure.RECALL_DEPTHS))
-    report = measure.text_quality(models, base, tokenizer, valid)
+    batches = valid.to(base.device).split(measure.TEXT_BATCH)
+    base_states = functools.cache(lambda: measure.hidden_states(base, batches))
+
+    def text(model: Model) -> dict:
+        return measure.text_quality({"": model}, base, tokenizer, valid, base_states())[""]
+
+    report = {}
     for name, model in models.items():
-        figures = report[name]
-        reach = model.config.max_position_embeddings
-        lengths = tuple(length for length in measure.RECALL_LENGTHS if length <= reach)
-        figures["recall"] = measure.passkey_recall(model, tokenizer, valid, lengths, count)
-        figures["tasks"] = {
-            task: measure.task_quality(model, tokenizer, task, items)
-            for task, items in tasks.items()
+        same = {
+            "tensors": fingerprint(*model.parameters(), *base.parameters(), valid),
+            "config": f"{model.config} {model.norm.weight.dtype}",
         }
+        report[name] = figures = once(path, f"text of {name}", same, text, model)
+        reach = model.config.max_position_embeddings
+        lengths = [length for length in measure.RECALL_LENGTHS if length <= reach]
+        asked = same | {"lengths": lengths, "passkeys": count}
+        recall = (measure.passkey_recall, model, tokenizer, valid, lengths, count)
+        figures["recall"] = once(path, f"passkeys of {name}", asked, *recall)
+        figures["tasks"] = {}
+        for task, items in tasks.items():
+            asked = same | {"items": zlib.crc32(json.dumps(items).encode())}
+            quality = (measure.task_quality, model, tokenizer, task, items)
+            figures["tasks"][task] = once(path, f"{task} of {name}", asked, *quality)
         figures["cache_bytes"] = {str(n): cache_bytes(model, n) for n in (1024, 8192)}
         figures["decode_tokens_per_second"] = DECODED / measure.quantile(times[name], 0.5)
         figures["plan"] = model.plan
     return report
+
+
+def once(path: Path | None, name: str, identity: dict, function, *arguments) -> dict:
+    """function(*arguments), at once written into the file `path` under `name`; what is there
+    already, where it was measured under the same identity."""
+    kept = read_json(path) if path and path.exists() else {}
+    if kept.get(name, {}).get("identity") != identity:
+        kept[name] = {"identity": identity, "figures": function(*arguments)}
+        if path:
+            write_json(path, kept)
+    return kept[name]["figures"]
 
 
 def table(report: dict[str, dict]) -> str:

@@ -5,12 +5,15 @@ in one line that names the file or flag and the fix, or in a slower way to the s
 
 import functools
 import gzip
+import io
+import itertools
 import json
 import os
 import shutil
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,7 @@ import cpu
 import distill
 import hub
 import layerboost
+import machine
 import measure
 import report
 import scan as scan_module
@@ -683,6 +687,17 @@ def test_a_task_measure_belongs_to_its_question_file(llama, text, tmp_path, caps
         scan_module.check_scan(tmp_path / "scan.json", made_for, ["task"], 3)
 
 
+def test_a_scan_made_on_other_text_is_used_and_the_difference_stays_known(tmp_path, capsys):
+    path = tmp_path / "scan.json"
+    layers = [{"X": {"kl": 1.0}, "L": {"kl": 0.5}}, {"X": {"kl": 2.0}}]
+    path.write_text(json.dumps({"identity": {"data": "one", "window": 8}, "layers": layers}))
+    for data, said in (("one", 0), ("other", 1)):
+        identity = {"data": data, "window": 8}
+        assert scan_module.check_scan(path, identity, ["kl"], 2) == layers
+        assert capsys.readouterr().out.count("was measured on other text") == said
+    assert identity["data"] == "several texts"  # what the rest of it is written with
+
+
 def test_part_of_a_scan_is_no_scan(made, llama, text, tmp_path, capsys):
     whole = json.loads((made / "scan.json").read_text())
     part = tmp_path / "part.json"
@@ -707,16 +722,80 @@ def test_a_broken_model_stops_the_scan(llama, text, tmp_path, capsys):
     save_model(model, tmp_path / "broken", llama)
     flags = short_run(tmp_path / "broken", text, tmp_path / "out", "--measure", "kl")
     assert layerboost.main(flags) == 1
-    assert "layer 0 as X is not a finite number" in capsys.readouterr().err
+    message = "the damage of layer 0 as X is not a finite number; kept: nothing yet"
+    assert message in capsys.readouterr().err
 
 
-def test_ctrl_c_says_how_to_go_on(llama, text, tmp_path, capsys, monkeypatch):
-    def stop(*_):
-        raise KeyboardInterrupt
+def run_until(monkeypatch, module, name: str, count: int, flags: list[str]) -> None:
+    """Runs layerboost.py, stopped by Ctrl-C in the count-th call of a function."""
+    function, calls = getattr(module, name), itertools.count(1)
 
-    monkeypatch.setattr(layerboost, "heal", stop)
-    assert layerboost.main(short_run(llama, text, tmp_path, "--plan", "SLX")) == 130
-    assert f"go on from what is in {tmp_path}" in capsys.readouterr().err
+    def counting(*arguments):
+        if next(calls) == count:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, counting)
+        assert layerboost.main(flags) == 130
+
+
+def test_ctrl_c_says_what_is_kept_and_nothing_is_done_again(
+    llama, text, tmp_path, capsys, monkeypatch
+):
+    flags = short_run(llama, text, tmp_path, "--measure", "kl", "--tokens", "1k")
+    run_until(monkeypatch, layerboost, "load_tokenizer", 1, flags)
+    assert capsys.readouterr().err == "layerboost: stopped; kept: nothing yet\n"
+
+    run_until(monkeypatch, scan_module, "write_json", 4, flags)  # the fourth trial is lost
+    scanned = f"scan of 1.5 of 3 layers in {tmp_path}/scan.json"
+    assert capsys.readouterr().err == f"layerboost: stopped; kept: {scanned}\n"
+    before = json.loads((tmp_path / "scan.json").read_text())["layers"]
+
+    run_until(monkeypatch, measure, "passkey_recall", 2, flags)
+    printed = capsys.readouterr()
+    assert f"resumed at layer 1 of 3, from {tmp_path}/scan.json" in printed.out
+    assert f"healing of 512 of 512 tokens in {tmp_path}/healing.safetensors" in printed.err
+    evaluated = "text of base, passkeys of base, text of converted"
+    assert f"{evaluated} in {tmp_path}/evaluation.json" in printed.err
+    layers = json.loads((tmp_path / "scan.json").read_text())["layers"]
+    assert layers[0] == before[0] and layers[1]["X"] == before[1]["X"] and len(layers) == 3
+
+    recall = measure.passkey_recall
+    asked = []
+    monkeypatch.setattr(measure, "passkey_recall", lambda *a: asked.append(a[0].plan) or recall(*a))
+    monkeypatch.delattr(scan_module, "scan")
+    assert layerboost.main(flags) == 0
+    plan = json.loads((tmp_path / "report.json").read_text())["plan"]
+    assert asked == [plan, plan]  # of the converted and the healed one alone
+    assert "resumed at 512 of 512 tokens" in capsys.readouterr().out
+
+
+def test_output_that_nobody_reads_ends_the_run_without_a_word(monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert machine.run_program("layerboost", lambda: machine.say("a line")) == 141
+        assert machine.run_program("report", lambda: print("a line")) == 0  # goes nowhere
+    assert not capsys.readouterr().err
+
+
+def test_a_bar_moves_within_a_step_and_is_lines_where_there_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(machine, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(machine, "LINE_SECONDS", 0)
+    with machine.progress(total=2, desc="a step"):
+        time.sleep(0.2)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 2 and all(line.startswith("a step:   0%|") for line in lines)
+
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with machine.progress(total=2, desc="a step"):
+        time.sleep(0.2)
+    bars = terminal.getvalue()
+    assert bars.count("a step:   0%|") > 2 and "\n" not in bars and bars.endswith(" \r")
 
 
 def test_a_folder_that_cannot_be_written_is_named(llama, text, tmp_path, capsys):

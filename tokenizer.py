@@ -199,8 +199,8 @@ def pack_sequences(
     int64, at most `tokens` tokens in all (rounded up to whole sequences). The rest is dropped."""
     wanted = math.inf if tokens is None else -(-tokens // context) * context
     ids: list[int] = []
-    options = {"desc": "reading text", "unit": "tok", "unit_scale": True, "leave": False}
-    with progress(total=tokens, **options) as bar:
+    desc = "reading text" if tokens is None else f"reading text, at most {tokens:,} tokens"
+    with progress(desc=desc, unit="tok", unit_scale=True) as bar:
         for text in documents:
             before = len(ids)
             ids += tokenizer.encode(text) + list(eos[:1])
