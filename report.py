@@ -36,10 +36,11 @@ def evaluate(
     valid: Tensor,
     tasks: dict[str, list[dict]],
     passkeys: int = 20,
+    lengths: tuple[int, ...] = measure.RECALL_LENGTHS,
 ) -> dict[str, dict]:
     """The figures of every model under its name: those of `measure.text_quality` on valid [N, T]
-    ids, recall of about `passkeys` passkeys, hidden in that text, at each of RECALL_LENGTHS that
-    the model has positions for, tasks, cache_bytes and decode_tokens_per_second."""
+    ids, recall of `passkeys` passkeys (a multiple of five), hidden in that text, at each of the
+    lengths that the model has positions for, tasks, cache_bytes and decode_tokens_per_second."""
     engines = {name: Engine(model, DECODED, CONTEXT) for name, model in models.items()}
     times = decode_times(engines, CONTEXT, 12)
     del engines  # and the memory of their caches
@@ -49,8 +50,9 @@ def evaluate(
     for name, model in models.items():
         figures = report[name]
         reach = model.config.max_position_embeddings
-        lengths = tuple(length for length in measure.RECALL_LENGTHS if length <= reach)
-        figures["recall"] = measure.passkey_recall(model, tokenizer, valid, lengths, count)
+        possible = tuple(length for length in lengths if length <= reach)
+        figures["recall"] = measure.passkey_recall(model, tokenizer, valid, possible, count)
+        figures["passkeys"] = count * len(measure.RECALL_DEPTHS)
         figures["tasks"] = {
             task: measure.task_quality(model, tokenizer, task, items)
             for task, items in tasks.items()
@@ -70,20 +72,30 @@ def table(report: dict[str, dict]) -> str:
 
 
 def table_column(figures: dict) -> dict[str, str]:
-    """{label: figure} of one model."""
-    column = {
-        "bits per byte": f"{figures['bits_per_byte']:.3f}",
-        "perplexity": f"{figures['perplexity']:.2f}",
-        "KL to the base, nats/token": f"{figures['kl']:.4f}",
-        "top-1 agreement": f"{figures['agreement']:.1%}",
-    }
+    """{label: figure} of one model, with the standard error where there is one."""
+
+    def with_error(value: float, error: float, form: str) -> str:
+        return f"{value:{form}} ±{error:{form}}" if error else f"{value:{form}}"
+
+    def share(value: float, count: int, form: str) -> str:
+        return with_error(value, measure.share_error(value, count), form)
+
+    column = {}
+    for label, name, form in (
+        ("bits per byte", "bits_per_byte", ".3f"),
+        ("perplexity", "perplexity", ".2f"),
+        ("KL to the base, nats/token", "kl", ".4f"),
+        ("top-1 agreement", "agreement", ".1%"),
+    ):
+        column[label] = with_error(figures[name], figures["errors"][name], form)
     for length, recalled in figures["recall"].items():
-        column[f"passkey recall at {length}"] = f"{recalled:.0%}"
+        column[f"passkey recall at {length}"] = share(recalled, figures["passkeys"], ".0%")
     for task, result in figures["tasks"].items():
         items = result["items"]
-        column[f"{task} accuracy ({items})"] = f"{result['accuracy']:.1%}"
+        column[f"{task} accuracy ({items})"] = share(result["accuracy"], items, ".1%")
         if "accuracy_norm" in result:
-            column[f"{task} accuracy, per byte ({items})"] = f"{result['accuracy_norm']:.1%}"
+            per_byte = share(result["accuracy_norm"], items, ".1%")
+            column[f"{task} accuracy, per byte ({items})"] = per_byte
         if "perplexity" in result:
             column[f"{task} perplexity ({items})"] = f"{result['perplexity']:.2f}"
     for tokens, size in figures["cache_bytes"].items():
@@ -96,13 +108,21 @@ def table_column(figures: dict) -> dict[str, str]:
 
 
 def write_report(
-    report: dict, curve: dict, settings: Healing, args, layers: list[dict], seconds: float
+    report: dict,
+    curve: dict,
+    settings: Healing,
+    args,
+    layers: list[dict],
+    valid: Tensor,
+    seconds: float,
 ) -> None:
     """report.json, and report.md, which the terminal shows too, into args.out. `report` is what
-    `evaluate` gives for base, converted and healed, `layers` the scan."""
+    `evaluate` gives for base, converted and healed on valid [N, T], `layers` the scan."""
     healed, converted = report["healed"], report["converted"]
     plan = healed["plan"]
     validation = ", ".join(f"{kl:.3f} at {tokens:,}" for tokens, kl in curve["valid"])
+    watched = curve["sequences"] * valid.shape[1]
+    where = args.valid or f"what is held out of {args.data}"
     text = f"""
 # {Path(args.model).name}, boosted
 
@@ -113,11 +133,15 @@ linear-attention summary of the rest (L), {plan.count("X")} have no attention (X
 
 {table(report)}
 
+All on the first {valid.numel():,} tokens ({len(valid)} sequences) of {where}.
+± is a standard error.
+
 KL is how far the next-token distribution is from the base model's, top-1 agreement how often both
 name the same token; passkey recall is how often a number hidden in a text of that many tokens is
-repeated. `converted` is before healing.
+repeated, of {healed["passkeys"]} numbers. `converted` is before healing.
 
-Validation KL while healing, on the first of these sequences: {validation}.
+Validation KL while healing: {validation}.
+It is on the first {watched:,} of these tokens alone, which is why it differs from the table's.
 
 KL {converted["kl"]:.4f} -> {healed["kl"]:.4f},
 agreement {converted["agreement"]:.1%} -> {healed["agreement"]:.1%}; {seconds / 60:.1f} min in all.
