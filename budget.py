@@ -30,25 +30,21 @@ DECODING = 7_000  # the work of timing three models as they decode; it grows wit
 LEAST_STEPS = 8  # of healing, that --minutes has room for
 
 FULL_RECALL = {512: 4, 1024: 2, 2048: 1}  # prompts by their length
-SCANS = (  # sequences, the tokens of each, prompts of the recall measure
+
+# Sequences, the tokens of each, prompts of the recall measure.
+SCANS = (
     (1, 1024, {512: 2}),
     (2, 1024, {512: 2, 1024: 1}),
-    (2, 2048, {512: 2, 1024: 1}),
     (2, 2048, FULL_RECALL),
     (3, 2048, FULL_RECALL),
     (4, 2048, FULL_RECALL),
 )
-VALIDATIONS = ((2, 1), (4, 1), (6, 2), (8, 4), (8, 6), (8, 8))  # how many, on how many sequences
-EVALUATIONS = (  # sequences, passkeys at each length, the greatest length
-    (2, 5, 512),
-    (2, 5, 1024),
-    (4, 5, 1024),
-    (4, 5, 2048),
-    (8, 5, 2048),
-    (16, 5, 2048),
-    (16, 10, 2048),
-    (32, 20, 2048),
-)
+
+# How many, on how many sequences.
+VALIDATIONS = (2, 1), (4, 1), (6, 2), (8, 4), (8, 6), (8, 8)
+
+# Sequences, passkeys at each length, the greatest length.
+EVALUATIONS = (2, 5, 512), (2, 5, 1024), (4, 5, 1024), (8, 5, 2048), (16, 10, 2048), (32, 20, 2048)
 
 
 @dataclass
@@ -79,13 +75,10 @@ class Budget:
         self.validation = self.validation_work(*validation)
         self.validations, self.watched = validation
 
+        farthest = max(RECALL_LENGTHS)
         rungs = [
-            (
-                self.sequences or sequences,
-                self.passkeys or passkeys,
-                max(RECALL_LENGTHS) if self.passkeys else longest,
-            )
-            for sequences, passkeys, longest in EVALUATIONS
+            (self.sequences or count, self.passkeys or keys, farthest if self.passkeys else longest)
+            for count, keys, longest in EVALUATIONS
         ]
         evaluation = climb(rungs, self.evaluation_work, self.healing / 4)
         self.evaluation = self.evaluation_work(*evaluation)
@@ -171,7 +164,7 @@ def tokens_in(minutes: float, rate: float, step: int, shape: dict) -> int:
     fitting = bisect.bisect_right(choices, minutes, key=needed)
     require(
         fitting,
-        f"--minutes {minutes:g}: the smallest run takes about {math.ceil(needed(choices[0]))} "
-        "here; give as many, or --tokens",
+        f"--minutes {minutes:g}: too few for the smallest run on this machine; "
+        f"give {math.ceil(needed(choices[0]))} or more",
     )
     return choices[fitting - 1]

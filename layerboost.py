@@ -121,7 +121,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     models = {"base": model, "converted": converted, "healed": student}
     sizes = (args.passkeys, budget.recall_lengths)
     figures = report.evaluate(models, model, tokenizer, valid, tasks, *sizes)
-    report.write_report(figures, curve, settings, args, layers, valid, time.monotonic() - started)
+    report.write_report(figures, curve, settings, args, layers, time.monotonic() - started)
     for name in ("base", "healed"):
         say(f"{name + ' goes on:':17}" + report.continuation(models[name], tokenizer, valid))
     say(f'\nSaved to {out}. Try: python layerboost.py --model {out} --prompt "The history of"')
@@ -196,7 +196,8 @@ def scan_layers(
     count, longest = budget.calibration
     calibration = train.flatten().unfold(0, longest, longest)[:count]
     same = scan.identity_of(model, train.flatten()[: budget.context], tiers)
-    same["sizes"] = f"{count} x {longest} tokens, passkeys {budget.prompts}"
+    if not args.scan:  # it can be gone on with, under the same sizes
+        same["sizes"] = f"{count} x {longest} tokens, passkeys {budget.prompts}"
     if "task" in args.measure:
         same["task file"] = scan.hash_file(args.tasks[0])
 
@@ -287,17 +288,17 @@ def announce(
         first += f", then a plan that {kept}   about {clock(scanning / rate)}"
     healing = clock((budget.healing + budget.validation) / rate)
     evaluation = clock((budget.evaluation + DECODING) / rate)
-    checks = f"{budget.validations} validations on {count_of(budget.watched, 'sequence')}"
-    text = count_of(budget.sequences, "sequence")
-    text += f", {count_of(budget.passkeys, 'passkey')} at lengths to {budget.recall_lengths[-1]}"
+    watched = f"{budget.validations} validations on {budget.watched * budget.context:,} tokens"
+    text = f"{budget.sequences * budget.context:,} tokens"
+    passkeys = f"{budget.passkeys} passkeys at each length to {budget.recall_lengths[-1]:,}"
 
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     say(
         f"{args.model}: {n} layers, {parameters:.1f}M parameters, {args.dtype} on {args.device}; "
         f"a forward pass runs at {rate:,.0f} tokens/s here",
         first,
-        f"2. heal      {settings.trained_tokens:,} tokens, {checks}   about {healing}",
-        f"3. evaluate  three models on {text}   about {evaluation}"
+        f"2. heal      {settings.trained_tokens:,} tokens, {watched}   about {healing}",
+        f"3. evaluate  three models on {text} and {passkeys}   about {evaluation}"
         + (" and the task files" if args.tasks else ""),
         f"All goes to {args.out}. Ctrl-C is safe: the same command goes on where it stopped.",
     )
@@ -312,10 +313,6 @@ def forward_rate(model: Model, tokens: int = 1024) -> float:
         start = time.perf_counter()
         float(model.hidden(ids).sum())
     return tokens / (time.perf_counter() - start)
-
-
-def count_of(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 def clock(seconds: float) -> str:

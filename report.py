@@ -52,6 +52,7 @@ def evaluate(
         reach = model.config.max_position_embeddings
         possible = tuple(length for length in lengths if length <= reach)
         figures["recall"] = measure.passkey_recall(model, tokenizer, valid, possible, count)
+        figures["text"] = list(valid.shape)
         figures["passkeys"] = count * len(measure.RECALL_DEPTHS)
         figures["tasks"] = {
             task: measure.task_quality(model, tokenizer, task, items)
@@ -108,20 +109,15 @@ def table_column(figures: dict) -> dict[str, str]:
 
 
 def write_report(
-    report: dict,
-    curve: dict,
-    settings: Healing,
-    args,
-    layers: list[dict],
-    valid: Tensor,
-    seconds: float,
+    report: dict, curve: dict, settings: Healing, args, layers: list[dict], seconds: float
 ) -> None:
     """report.json, and report.md, which the terminal shows too, into args.out. `report` is what
-    `evaluate` gives for base, converted and healed on valid [N, T], `layers` the scan."""
+    `evaluate` gives for base, converted and healed, `layers` the scan."""
     healed, converted = report["healed"], report["converted"]
     plan = healed["plan"]
     validation = ", ".join(f"{kl:.3f} at {tokens:,}" for tokens, kl in curve["valid"])
-    watched = curve["sequences"] * valid.shape[1]
+    sequences, context = healed["text"]
+    watched = curve["sequences"] * context
     where = args.valid or f"what is held out of {args.data}"
     text = f"""
 # {Path(args.model).name}, boosted
@@ -133,15 +129,14 @@ linear-attention summary of the rest (L), {plan.count("X")} have no attention (X
 
 {table(report)}
 
-All on the first {valid.numel():,} tokens ({len(valid)} sequences) of {where}.
-± is a standard error.
+All on the first {sequences * context:,} tokens of {where}; ± is a standard error.
 
 KL is how far the next-token distribution is from the base model's, top-1 agreement how often both
 name the same token; passkey recall is how often a number hidden in a text of that many tokens is
 repeated, of {healed["passkeys"]} numbers. `converted` is before healing.
 
 Validation KL while healing: {validation}.
-It is on the first {watched:,} of these tokens alone, which is why it differs from the table's.
+It differs from the table's since it is on the first {watched:,} of these tokens alone.
 
 KL {converted["kl"]:.4f} -> {healed["kl"]:.4f},
 agreement {converted["agreement"]:.1%} -> {healed["agreement"]:.1%}; {seconds / 60:.1f} min in all.
