@@ -181,14 +181,7 @@ def healing_settings(model: Model, budget: Budget, args) -> Healing:
 
 
 def scan_layers(
-    model: Model,
-    tokenizer: Tokenizer,
-    train: Tensor,
-    tiers: dict,
-    settings: Healing,
-    budget: Budget,
-    rate: float,
-    args,
+    model: Model, tokenizer: Tokenizer, train: Tensor, tiers: dict, settings, budget, rate, args
 ) -> list[dict]:
     """The damage of each layer by tier, read from a scan made before, measured, or both; nothing is
     scanned where the plan is stated. Says first what the whole run will do."""
