@@ -45,7 +45,8 @@ IF_DAMAGED = "delete it to start anew"
 
 @dataclass
 class Healing:
-    """The settings of a run. A checkpoint goes on only under the same ones, except `tokens`."""
+    """The settings of a run. A checkpoint goes on only under the same ones, except `tokens` and
+    `validations`."""
 
     tokens: int = 10_000_000  # that the three stages train on, in all
     transfer_steps: int = 10  # of stage 1
@@ -57,6 +58,7 @@ class Healing:
     context: int = 512  # tokens of a sequence in stages 1 and 2
     long_context: int = 4096  # the same in stage 3
     batch: int = 1  # sequences of a step, over all processes
+    validations: int = 8  # at most, over the run
     compile: bool = False  # run the KL, and the blocks of stages 1 and 2, through torch.compile
     seed: int = 0
 
@@ -98,8 +100,12 @@ class Healing:
         return self.short_steps, self.steps, self.tail_lr
 
     def validates(self, step: int) -> bool:
-        """Before the run, between the stages, at its end, and up to four times in between."""
-        return step % math.ceil(self.steps / 5) == 0 or step in self.stage_ends
+        """Before the run and at its end; from four validations on between the stages, too, and
+        evenly in between."""
+        spans = self.validations - 3
+        if spans < 1:
+            return step in (0, self.steps)
+        return step % math.ceil(self.steps / spans) == 0 or step in self.stage_ends
 
     def learning_rate(self, step: int) -> float:
         """The rate of a stage's t-th step, t from 1 on: the warm-up and the fall of arXiv
@@ -145,7 +151,8 @@ def heal(
     identity: dict,
 ) -> dict:
     """Heals `student` in place and merges its adapters. Returns the curve: under `train` the loss
-    of every step (in stage 1 the transfer error), under `valid` pairs of tokens seen and KL.
+    of every step (in stage 1 the transfer error), under `valid` pairs of tokens seen and KL, under
+    `sequences` how many that KL is on.
 
     teacher: the original; student: `convert(teacher, plan)`; train, valid: ids [N, context].
     The run is saved to `checkpoint` every CHECKPOINT_SECONDS, at Ctrl-C (then KeyboardInterrupt is
@@ -203,7 +210,7 @@ class Run:
         self.optimizer = Optimizer(prepare(student, settings))
         self.tails = tail_names(student)
         self.step = 0
-        self.curve = {"train": [], "valid": []}
+        self.curve = {"train": [], "valid": [], "sequences": len(valid)}
 
         self.checkpoint = checkpoint
         self.distilled = checkpoint.with_name(f"{checkpoint.stem}-distilled.safetensors")
@@ -223,7 +230,10 @@ class Run:
             self.optimizer.load(file)
             metadata = file.metadata()
         self.step = int(metadata["step"])
-        self.curve = json.loads(metadata["curve"])
+        curve = json.loads(metadata["curve"])
+        if curve.get("sequences") != self.curve["sequences"]:
+            del curve["valid"]  # what another budget validated on does not compare
+        self.curve |= curve | {"sequences": self.curve["sequences"]}
         seen = self.settings.tokens_after(self.step)
         say(f"resumed at {seen:,} of {self.settings.trained_tokens:,} tokens")
 
@@ -300,7 +310,7 @@ def find_checkpoint(paths: list[Path], settings: Healing, identity: dict) -> Pat
 
         for key, value in identity.items():
             require(
-                key == "tokens" or made_with.get(key) == value,
+                key in ("tokens", "validations") or made_with.get(key) == value,
                 f"{path}: was made with {key} = {made_with.get(key)}, not {value}; repeat that "
                 "command to go on, or give another --out, or delete the file",
             )

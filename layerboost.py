@@ -28,6 +28,7 @@ from torch import Tensor
 import cpu
 import report
 import scan
+from budget import DECODING, SCANS, Budget, make_budget
 from distill import Healing, heal, healed_tokens, tail_names
 from hub import C4, InputError, find_model, read_documents, read_json, require
 from kernels import FEATURE_MAPS
@@ -35,6 +36,7 @@ from machine import (
     MACHINE_FLAGS,
     add_flags,
     at_least,
+    gather,
     is_main_process,
     pick_dtype,
     rank_and_world,
@@ -42,13 +44,12 @@ from machine import (
     say,
     start_process,
 )
-from measure import RECALL_LENGTHS, read_tasks
+from measure import read_tasks
 from model import Model, cache_bytes, convert, load_model, parse_plan, save_model
 from tokenizer import Tokenizer, load_tokenizer, pack_sequences
 
 LONG_CONTEXT = 4096  # tokens a sequence in the last stage of healing, or all of its positions
 TEXT_TOKENS = 10_000_000  # read to heal on, whatever the budget: a run can go on to a larger one
-VALIDATION_SEQUENCES = 8  # of the evaluation's, watched while healing
 
 TINY = Path(os.path.relpath(Path(__file__).resolve().parent / "tiny"))
 TINY_DEFAULTS = {  # what stands for flags that are not given, without --model
@@ -58,7 +59,6 @@ TINY_DEFAULTS = {  # what stands for flags that are not given, without --model
     "tokens": 36_000,
     "keep": 6,
     "drop": 1,
-    "sequences": 16,
 }
 
 NEXT_STEPS = """
@@ -77,12 +77,18 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     started = time.monotonic()
     out = Path(args.out)
     tiers = {"window": args.window, "sinks": args.sinks, "feature_map": args.feature_map}
-    settings = check_arguments(model, source, tiers, args)
+    check_arguments(model, source, tiers, args)
     tasks = read_tasks(args.tasks)
+
+    # The budget rules the sizes of all that follows.
+    rate = sum(gather(forward_rate(model)))
+    budget = make_budget(model, args, args.batch * args.context, rate)
+    args.tokens, args.sequences, args.passkeys = budget.tokens, budget.sequences, budget.passkeys
+    settings = healing_settings(model, budget, args)
     train, valid = read_text(args, tokenizer, model, settings)
 
     # Scan and plan.
-    layers = scan_layers(model, tokenizer, train, valid, tiers, settings, args)
+    layers = scan_layers(model, tokenizer, train, tiers, settings, budget, rate, args)
     plan = args.plan
     if plan is None:
         costs = scan.costs_of(layers, args.measure)
@@ -104,7 +110,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
         f"{short - transfer} of KL distillation, {settings.steps - short} on long sequences."
     )
     same = scan.identity_of(model, train, tiers) | {"plan": plan, "dtype": args.dtype}
-    watched = valid[:VALIDATION_SEQUENCES]
+    watched = valid[: budget.watched]
     curve = heal(model, student, train, watched, settings, out / "healing.safetensors", same)
     if not is_main_process():
         return  # the main process does the rest
@@ -114,8 +120,9 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     # Evaluate and report.
     say("\nEvaluate: the untouched, the converted and the healed model on the same text.")
     models = {"base": model, "converted": converted, "healed": student}
+    sizes = (args.passkeys, budget.recall_lengths)
     measured = out / "evaluation.json"
-    figures = report.evaluate(models, model, tokenizer, valid, tasks, args.passkeys, measured)
+    figures = report.evaluate(models, model, tokenizer, valid, tasks, *sizes, measured)
     report.write_report(figures, curve, settings, args, layers, time.monotonic() - started)
     for name in ("base", "healed"):
         say(f"{name + ' goes on:':17}" + report.continuation(models[name], tokenizer, valid))
@@ -125,13 +132,15 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
         say(NEXT_STEPS)
 
 
-def check_arguments(model: Model, source: Path, tiers: dict, args) -> Healing:
+def check_arguments(model: Model, source: Path, tiers: dict, args) -> None:
     """What is wrong with the flags together, or with this model, stops here, before any work.
-    Returns the settings of the healing; args.keep and args.plan get their values."""
+    args.keep, args.plan, args.context and args.batch get their values."""
     n = len(model.layers)
     reach = model.config.max_position_embeddings
     args.keep = round(n / 3) if args.keep is None else args.keep
     args.plan = args.plan and parse_plan(args.plan, n)
+    args.context = min(args.context, reach)
+    args.batch = args.batch or rank_and_world()[1]
 
     require(
         Path(args.out).resolve() != source.resolve(),
@@ -144,10 +153,10 @@ def check_arguments(model: Model, source: Path, tiers: dict, args) -> Healing:
     )
     require(
         args.keep + args.drop <= n,
-        f"--keep {args.keep} --drop {args.drop}: the model has {n} layers; "
-        f"give two numbers, together at most {n}",
+        f"{args.split}: {args.keep} layers to keep and {args.drop} to drop are more than the "
+        f"{n} of the model; give --keep and --drop that are {n} together at most",
     )
-    shortest = min(scan.RECALL_PROMPTS)
+    shortest = min(min(prompts) for _, _, prompts in SCANS)
     require(
         "recall" not in args.measure or reach >= shortest,
         f"--measure: recall needs a model of {shortest} positions; give --measure kl",
@@ -159,28 +168,32 @@ def check_arguments(model: Model, source: Path, tiers: dict, args) -> Healing:
     require(not args.scan or Path(args.scan).exists(), f"--scan {args.scan}: no such file")
     convert(model, args.plan or "L" * n, **tiers)  # raises InputError
 
-    context = min(args.context, reach)
+
+def healing_settings(model: Model, budget: Budget, args) -> Healing:
     return Healing(
-        args.tokens,
+        budget.tokens,
         rank=args.rank,
         lr=args.lr,
         seed=args.seed,
-        context=context,
-        batch=args.batch or rank_and_world()[1],
-        long_context=max(context, min(LONG_CONTEXT, reach)),
+        context=args.context,
+        batch=args.batch,
+        long_context=max(args.context, min(LONG_CONTEXT, model.config.max_position_embeddings)),
+        validations=budget.validations,
         compile=bool(args.compile),
     )
 
 
 def scan_layers(
-    model: Model, tokenizer: Tokenizer, train: Tensor, valid: Tensor, tiers: dict, settings, args
+    model: Model, tokenizer: Tokenizer, train: Tensor, tiers: dict, settings, budget, rate, args
 ) -> list[dict]:
     """The damage of each layer by tier, read from a scan made before, measured, or both; nothing is
     scanned where the plan is stated. Says first what the whole run will do."""
     n = len(model.layers)
-    longest = min(scan.CALIBRATION_CONTEXT, model.config.max_position_embeddings)
-    calibration = train.flatten().unfold(0, longest, longest)[: scan.CALIBRATION_SEQUENCES]
-    same = scan.identity_of(model, calibration, tiers)
+    count, longest = budget.calibration
+    calibration = train.flatten().unfold(0, longest, longest)[:count]
+    same = scan.identity_of(model, train.flatten()[: budget.context], tiers)
+    if not args.scan:  # it can be gone on with, under the same sizes
+        same["sizes"] = f"{count} x {longest} tokens, passkeys {budget.prompts}"
     if "task" in args.measure:
         same["task file"] = scan.hash_file(args.tasks[0])
 
@@ -194,10 +207,10 @@ def scan_layers(
         f"--scan {args.scan}: holds {scanned} of {n} layers; repeat the command that makes it",
     )
 
-    announce(model, args, settings, calibration, valid, scanned)
+    announce(model, args, settings, budget, rate, scanned)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.compile:
-        model.compiled_shapes |= {(2, longest), (settings.together, settings.context)}
+        model.compiled_shapes |= {(min(2, count), longest), (settings.together, settings.context)}
     if args.plan:
         return layers
     if scanned == n:
@@ -206,8 +219,17 @@ def scan_layers(
 
     resumed = f"resumed at layer {scanned} of {n}, from {path}" if layers else f"{n} layers"
     say(f"\nScan: one layer at a time, {resumed}.")
-    probes = scan.make_probes(model, tokenizer, args.measure, calibration, train, args.tasks)
-    return scan.scan(model, probes, tiers, path, same, layers)
+    work = budget.scan_work(*budget.scan_size, scanned)
+    start = time.monotonic()
+    probes = scan.make_probes(
+        model, tokenizer, args.measure, calibration, train, budget.prompts, args.tasks
+    )
+    layers = scan.scan(model, probes, tiers, path, same, layers)
+    seconds = time.monotonic() - start
+    if work:
+        left = (budget.total - budget.scan) * seconds / work
+        say(f"The scan took {clock(seconds)}; by its speed the rest takes about {clock(left)}.\n")
+    return layers
 
 
 def read_text(args, tokenizer: Tokenizer, model: Model, settings: Healing) -> tuple[Tensor, Tensor]:
@@ -262,45 +284,41 @@ def hold_out(documents: list[str], tokenizer: Tokenizer, least: int) -> tuple[li
 
 
 def announce(
-    model: Model, args, settings: Healing, calibration: Tensor, valid: Tensor, scanned: int
+    model: Model, args, settings: Healing, budget: Budget, rate: float, scanned: int
 ) -> None:
-    """What is going to happen, and about how long it takes here, from a short measurement."""
+    """What is going to happen, and about how long it takes here. rate: work a second, as budget.py
+    counts it; scanned: layers that an earlier run has measured."""
     n = len(model.layers)
-    rate = forward_rate(model) * rank_and_world()[1]
-    reach = model.config.max_position_embeddings
-    tokens = calibration.numel() if "kl" in args.measure else 0
-    if "recall" in args.measure:
-        prompts = scan.RECALL_PROMPTS.items()
-        tokens += sum(length * count for length, count in prompts if length <= reach)
-    passes = 2 + sum(2 * (n - i) / n for i in range(scanned, n))  # over all layers
-    passkeys = args.passkeys * sum(length for length in RECALL_LENGTHS if length <= reach)
-    healing = 5 * settings.trained_tokens  # teacher, student, backward
-    evaluation = 3 * (valid.numel() + passkeys)
-
     kept = f"keeps {args.keep} layers, drops {args.drop}"
     if args.plan:
         first = f"1. plan      {args.plan}, as given"
     elif scanned == n:
         first = f"1. plan      {kept}, from a scan made before"
     else:
-        first = (
-            f"1. scan      {2 * (n - scanned)} trials on {tokens:,} tokens, then a plan that {kept}"
-            f"   about {clock(tokens * passes / rate)}"
-        )
+        scanning = budget.scan_work(*budget.scan_size, scanned)
+        first = f"1. scan      {2 * (n - scanned)} trials"
+        first += f", then a plan that {kept}   about {clock(scanning / rate)}"
+    healing = clock((budget.healing + budget.validation) / rate)
+    evaluation = clock((budget.evaluation + DECODING) / rate)
+    watched = f"{budget.validations} validations on {budget.watched * budget.context:,} tokens"
+    text = f"{budget.sequences * budget.context:,} tokens"
+    passkeys = f"{budget.passkeys} passkeys at each length to {budget.recall_lengths[-1]:,}"
+
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     say(
         f"{args.model}: {n} layers, {parameters:.1f}M parameters, {args.dtype} on {args.device}; "
         f"a forward pass runs at {rate:,.0f} tokens/s here",
         first,
-        f"2. heal      {settings.trained_tokens:,} tokens   about {clock(healing / rate)}",
-        f"3. evaluate  base, converted, healed   about {clock(evaluation / rate)}"
+        f"2. heal      {settings.trained_tokens:,} tokens, {watched}   about {healing}",
+        f"3. evaluate  three models on {text} and {passkeys}   about {evaluation}"
         + (" and the task files" if args.tasks else ""),
         f"All goes to {args.out}. Ctrl-C is safe: the same command goes on where it stopped.",
     )
 
 
-def forward_rate(model: Model, tokens: int = 512) -> float:
-    """Tokens a second of a forward pass, from the second of two short ones."""
+def forward_rate(model: Model, tokens: int = 1024) -> float:
+    """Tokens a second of a forward pass, from the second of two."""
+    tokens = min(tokens, model.config.max_position_embeddings)
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
     with torch.inference_mode():
         float(model.hidden(ids).sum())
@@ -404,13 +422,13 @@ FLAGS = {
         "data": (str, C4, f"to heal on: {report.TEXT_KINDS}"),
         "valid": (str, None, "to evaluate on [the last twentieth of --data, held out]"),
         "encoding": report.ENCODING,
-        "sequences": (at_least(1), 32, "of 1,024 tokens, to evaluate on"),
-        "passkeys": (at_least(1), 20, "hidden numbers to repeat, at each length"),
+        "sequences": (at_least(1), None, "of 1,024 tokens, to evaluate on [2 to 32, by --tokens]"),
+        "passkeys": (at_least(1), None, "hidden numbers to repeat, at each length [5 to 20]"),
         "tasks": (list, [], "question files to evaluate on [none]"),
     },
     "scan and plan": {
         "keep": (at_least(0), None, "layers that keep softmax attention [a third]"),
-        "drop": (at_least(0), 0, "layers whose attention is removed, at a cost in quality"),
+        "drop": (at_least(0), None, "layers whose attention is removed, at a cost in quality [0]"),
         "planner": (tuple(scan.PLANNERS), "tier", "tier: least damage; paper: bands by X"),
         "plan": (str, None, "this one: S, L or X for each layer, or uniform:L [scan and plan]"),
         "measure": (measure_names, "kl+recall", "damage: kl, recall, task or a sum"),
@@ -424,7 +442,8 @@ FLAGS = {
         "feature-map": (str, "hedgehog", f"of its tail: {', '.join(FEATURE_MAPS)}"),
     },
     "healing": {
-        "tokens": (token_count, "10M", "to heal on, as 200k or 10M"),
+        "tokens": (token_count, None, "to heal on, as 200k; the rest of the run by it [10M]"),
+        "minutes": (at_least(1e-9, float), None, "for all of the run, in the place of --tokens"),
         "rank": (at_least(1), 16, "of the adapters"),
         "lr": (at_least(1e-9, float), 1e-3, "highest learning rate"),
         "context": (at_least(2), 512, "tokens of a training sequence"),
@@ -458,10 +477,19 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         "heal, evaluate, save. Without --model: the embedded one, its own text and settings.",
     )
     add_flags(parser, FLAGS)
+    given = parser.parse_args(argv)
+    if given.tokens and given.minutes:
+        parser.error("--tokens and --minutes: give one of them")
+
+    defaults = {"tokens": TEXT_TOKENS, "drop": 0}
+    if given.model is None:
+        defaults |= TINY_DEFAULTS
+    if given.minutes:
+        del defaults["tokens"]
+    parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    if args.model is None:
-        parser.set_defaults(**TINY_DEFAULTS)
-        args = parser.parse_args(argv)
+    split = {"--keep": given.keep, "--drop": given.drop}
+    args.split = " ".join(f"{flag} {value}" for flag, value in split.items() if value is not None)
     args.out = args.out or f"out/{Path(args.model).resolve().name}"
     return args
 

@@ -39,12 +39,13 @@ def evaluate(
     valid: Tensor,
     tasks: dict[str, list[dict]],
     passkeys: int = 20,
+    lengths: tuple[int, ...] = measure.RECALL_LENGTHS,
     path: Path | None = None,
 ) -> dict[str, dict]:
     """The figures of every model under its name: those of `measure.text_quality` on valid [N, T]
-    ids, recall of about `passkeys` passkeys, hidden in that text, at each of RECALL_LENGTHS that
-    the model has positions for, tasks, cache_bytes and decode_tokens_per_second. All but speed are
-    kept in the file `path` and not measured again (`once`)."""
+    ids, recall of `passkeys` passkeys (a multiple of five), hidden in that text, at each of the
+    lengths that the model has positions for, tasks, cache_bytes and decode_tokens_per_second. All
+    but speed are kept in the file `path` and not measured again (`once`)."""
     engines = {name: Engine(model, DECODED, CONTEXT) for name, model in models.items()}
     times = decode_times(engines, CONTEXT, 12)
     del engines  # and the memory of their caches
@@ -64,10 +65,12 @@ def evaluate(
         }
         report[name] = figures = once(path, f"text of {name}", same, text, model)
         reach = model.config.max_position_embeddings
-        lengths = [length for length in measure.RECALL_LENGTHS if length <= reach]
-        asked = same | {"lengths": lengths, "passkeys": count}
-        recall = (measure.passkey_recall, model, tokenizer, valid, lengths, count)
+        possible = [length for length in lengths if length <= reach]
+        asked = same | {"lengths": possible, "passkeys": count}
+        recall = (measure.passkey_recall, model, tokenizer, valid, possible, count)
         figures["recall"] = once(path, f"passkeys of {name}", asked, *recall)
+        figures["text"] = list(valid.shape)
+        figures["passkeys"] = count * len(measure.RECALL_DEPTHS)
         figures["tasks"] = {}
         for task, items in tasks.items():
             asked = same | {"items": zlib.crc32(json.dumps(items).encode())}
@@ -99,20 +102,30 @@ def table(report: dict[str, dict]) -> str:
 
 
 def table_column(figures: dict) -> dict[str, str]:
-    """{label: figure} of one model."""
-    column = {
-        "bits per byte": f"{figures['bits_per_byte']:.3f}",
-        "perplexity": f"{figures['perplexity']:.2f}",
-        "KL to the base, nats/token": f"{figures['kl']:.4f}",
-        "top-1 agreement": f"{figures['agreement']:.1%}",
-    }
+    """{label: figure} of one model, with the standard error where there is one."""
+
+    def with_error(value: float, error: float, form: str) -> str:
+        return f"{value:{form}} ±{error:{form}}" if error else f"{value:{form}}"
+
+    def share(value: float, count: int, form: str) -> str:
+        return with_error(value, measure.share_error(value, count), form)
+
+    column = {}
+    for label, name, form in (
+        ("bits per byte", "bits_per_byte", ".3f"),
+        ("perplexity", "perplexity", ".2f"),
+        ("KL to the base, nats/token", "kl", ".4f"),
+        ("top-1 agreement", "agreement", ".1%"),
+    ):
+        column[label] = with_error(figures[name], figures["errors"][name], form)
     for length, recalled in figures["recall"].items():
-        column[f"passkey recall at {length}"] = f"{recalled:.0%}"
+        column[f"passkey recall at {length}"] = share(recalled, figures["passkeys"], ".0%")
     for task, result in figures["tasks"].items():
         items = result["items"]
-        column[f"{task} accuracy ({items})"] = f"{result['accuracy']:.1%}"
+        column[f"{task} accuracy ({items})"] = share(result["accuracy"], items, ".1%")
         if "accuracy_norm" in result:
-            column[f"{task} accuracy, per byte ({items})"] = f"{result['accuracy_norm']:.1%}"
+            per_byte = share(result["accuracy_norm"], items, ".1%")
+            column[f"{task} accuracy, per byte ({items})"] = per_byte
         if "perplexity" in result:
             column[f"{task} perplexity ({items})"] = f"{result['perplexity']:.2f}"
     for tokens, size in figures["cache_bytes"].items():
@@ -132,6 +145,9 @@ def write_report(
     healed, converted = report["healed"], report["converted"]
     plan = healed["plan"]
     validation = ", ".join(f"{kl:.3f} at {tokens:,}" for tokens, kl in curve["valid"])
+    sequences, context = healed["text"]
+    watched = curve["sequences"] * context
+    where = args.valid or f"what is held out of {args.data}"
     text = f"""
 # {Path(args.model).name}, boosted
 
@@ -142,11 +158,14 @@ linear-attention summary of the rest (L), {plan.count("X")} have no attention (X
 
 {table(report)}
 
+All on the first {sequences * context:,} tokens of {where}; ± is a standard error.
+
 KL is how far the next-token distribution is from the base model's, top-1 agreement how often both
 name the same token; passkey recall is how often a number hidden in a text of that many tokens is
-repeated. `converted` is before healing.
+repeated, of {healed["passkeys"]} numbers. `converted` is before healing.
 
-Validation KL while healing, on the first of these sequences: {validation}.
+Validation KL while healing: {validation}.
+It differs from the table's since it is on the first {watched:,} of these tokens alone.
 
 KL {converted["kl"]:.4f} -> {healed["kl"]:.4f},
 agreement {converted["agreement"]:.1%} -> {healed["agreement"]:.1%}; {seconds / 60:.1f} min in all.

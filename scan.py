@@ -43,9 +43,6 @@ from measure import (
 from model import Model, convert
 from tokenizer import Tokenizer
 
-CALIBRATION_CONTEXT = 2048  # tokens a sequence of the kl measure
-CALIBRATION_SEQUENCES = 4
-RECALL_PROMPTS = {512: 4, 1024: 2, 2048: 1}  # by context length, of the recall measure
 TASK_ITEMS = 100  # of the first question file, of the task measure
 MEASURES = ("kl", "recall", "task")
 
@@ -87,13 +84,14 @@ def kl_probe(model: Model, sequences: Tensor) -> Probe:
     return Probe(batches, damage)
 
 
-def recall_probe(model: Model, tokenizer: Tokenizer, text: Tensor) -> Probe:
+def recall_probe(
+    model: Model, tokenizer: Tokenizer, text: Tensor, prompts: dict[int, int]
+) -> Probe:
     """A column besides `recall` for each context length."""
     groups = {}  # length: prompts
-    for length, count in RECALL_PROMPTS.items():
-        if length <= model.config.max_position_embeddings:
-            depths = tuple((i + 0.5) / count for i in range(count))
-            groups[length] = passkey_prompts(tokenizer, text, length, depths, 1, seed=1)
+    for length, count in prompts.items():
+        depths = tuple((i + 0.5) / count for i in range(count))
+        groups[length] = passkey_prompts(tokenizer, text, length, depths, 1, seed=1)
     batches = [pad_prompts(group).to(model.device) for group in groups.values()]
 
     def log_likelihoods(hiddens: list[Tensor]) -> list[list[float]]:
@@ -134,14 +132,16 @@ def make_probes(
     measures: list[str],
     calibration: Tensor,
     text: Tensor,
+    prompts: dict[int, int],
     tasks: list[str],
 ) -> list[Probe]:
-    """calibration [N, T] and text, of any shape, are ids; `task` takes the first of `tasks`."""
+    """calibration [N, T] and text, of any shape, are ids; prompts: {length: count} of the passkeys
+    hidden in the text; `task` takes the first of `tasks`."""
     probes = []
     if "kl" in measures:
         probes.append(kl_probe(model, calibration))
     if "recall" in measures:
-        probes.append(recall_probe(model, tokenizer, text))
+        probes.append(recall_probe(model, tokenizer, text, prompts))
     if "task" in measures:
         probes.append(task_probe(model, tokenizer, tasks[0]))
     return probes
@@ -215,7 +215,7 @@ def check_scan(path: Path, identity: dict, measures: list[str], n: int) -> list[
     """The layers that a scan file holds, the last one perhaps as X alone. One that was made on
     other text will do, and a line says so. Raises InputError naming the first other thing in which
     it differs from this run: a whole one must have the measures that are asked for, one that is to
-    be gone on with no others."""
+    be gone on with no others, and the same sizes."""
     again = "scan again (leave out --scan, or give another --out)"
     made = read_json(path)
     require(made.get("identity") and made.get("layers"), f"{path}: is no scan file; {again}")
@@ -229,7 +229,7 @@ def check_scan(path: Path, identity: dict, measures: list[str], n: int) -> list[
     for key, value in identity.items():
         before = made["identity"].get(key)
         require(
-            key == "data" or before == value,
+            key == "data" or before == value or (key == "sizes" and not unfinished),
             f"{path}: was measured with {key} {before}, this run has {value}; {again}",
         )
     if made["identity"].get("data") != identity.get("data"):

@@ -556,7 +556,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 @pytest.mark.parametrize(
     "flags,message",
     [
-        ("--keep 3 --drop 1", "--keep 3 --drop 1"),
+        ("--keep 3 --drop 1", "--keep 3 --drop 1: 3 layers to keep and 1 to drop are more than"),
+        ("--keep 50", "layerboost: --keep 50: 50 layers to keep and 0 to drop are more than the 3"),
+        ("--drop 3", "layerboost: --drop 3: 1 layers to keep and 3 to drop"),
         ("--plan SL", "give 3 letters"),
         ("--plan uniform:Q", "give 3 letters"),
         ("--feature-map cosine", "--feature-map 'cosine'"),
@@ -586,6 +588,8 @@ def test_bad_flags_are_one_line_and_exit_code_2(flags, message, llama, text, tmp
         ("--tokens ten", "'ten' is not a number of tokens; write 200k, 10M or 4096"),
         ("--tokens infM", "'infM' is not a number of tokens"),
         ("--tokens k", "'k' is not a number of tokens"),
+        ("--tokens 36k --minutes 10", "--tokens and --minutes: give one of them"),
+        ("--minutes 0", "--minutes: 0 is not"),
         ("--sequences 0", "--sequences: 0 is not 1 or more"),
         ("--keep -1", "--keep: -1 is not 0 or more"),
         ("--measure luck", "--measure: 'luck': give kl, recall, task"),
@@ -706,6 +710,14 @@ def test_part_of_a_scan_is_no_scan(made, llama, text, tmp_path, capsys):
         flags = ["--measure", "kl", "--scan", str(part)]
         assert layerboost.main(short_run(llama, text, tmp_path / "new", *flags)) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_scan_of_another_budget_serves_and_is_not_gone_on_with(made):
+    """Layers measured on longer prompts do not compare with those measured on shorter ones."""
+    identity = json.loads((made / "scan.json").read_text())["identity"] | {"sizes": "more"}
+    assert len(scan_module.check_scan(made / "scan.json", identity, ["kl"], 3)) == 3
+    with pytest.raises(InputError, match="was measured with sizes 1 x 512 tokens, .* has more"):
+        scan_module.check_scan(made / "scan.json", identity, ["kl"], 4)
 
 
 # --- runs that stop ------------------------------------------------------------------------------
