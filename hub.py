@@ -18,8 +18,6 @@ import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from huggingface_hub import errors as hub_errors
-from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -62,7 +60,7 @@ def find_model(path_or_hub_id: str, revision: str | None = None) -> Path:
     )
     patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
     folder = download(
-        snapshot_download,
+        "snapshot_download",
         path_or_hub_id,
         repo_id=path_or_hub_id,
         revision=revision,
@@ -71,26 +69,29 @@ def find_model(path_or_hub_id: str, revision: str | None = None) -> Path:
     return Path(folder)
 
 
-def download(function, what: str, **arguments) -> str:
+def download(function: str, what: str, **arguments) -> str:
     """Calls a function of huggingface_hub; each of its errors becomes one line about `what`."""
+    import huggingface_hub  # takes a third of a second, which a local folder need not wait for
+    from huggingface_hub import errors
+
     try:
-        return function(**arguments)
-    except hub_errors.GatedRepoError:
+        return getattr(huggingface_hub, function)(**arguments)
+    except errors.GatedRepoError:
         fix = "gated; accept its licence on its Hub page and run `hf auth login`"
-    except hub_errors.RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         fix = f"has no revision {arguments.get('revision')!r}; check --revision"
-    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         fix = "neither a local path nor on the Hub; a private repository needs `hf auth login`"
     except (
-        hub_errors.LocalEntryNotFoundError,
-        hub_errors.OfflineModeIsEnabled,
+        errors.LocalEntryNotFoundError,
+        errors.OfflineModeIsEnabled,
         ConnectionError,
         TimeoutError,
     ):
         fix = "not a local path, and the Hub cannot be reached; check either"
-    except hub_errors.EntryNotFoundError:
+    except errors.EntryNotFoundError:
         fix = "no such file on the Hub"
-    except hub_errors.HTTPError as error:
+    except errors.HTTPError as error:
         fix = str(error).strip().partition("\n")[0]
     raise InputError(f"{what}: {fix}")
 
@@ -163,7 +164,7 @@ def read_documents(source: str, flag: str = "--data", encoding: str = "utf-8"):
             f"{flag} {source}: give hub:OWNER/DATASET/FILE, the file one of {kinds}",
         )
         where = {"repo_id": f"{owner}/{dataset}", "filename": file, "repo_type": "dataset"}
-        path = Path(download(hf_hub_download, f"{flag} {source}", **where))
+        path = Path(download("hf_hub_download", f"{flag} {source}", **where))
 
     files = [path]
     if path.is_dir():

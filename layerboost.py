@@ -486,6 +486,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         defaults |= TINY_DEFAULTS
     if given.minutes:
         del defaults["tokens"]
+    if given.data != C4:
+        defaults.pop("valid", None)  # would be text of another kind
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     split = {"--keep": given.keep, "--drop": given.drop}

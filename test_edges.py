@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
@@ -24,7 +25,6 @@ from safetensors.torch import load_file, save_file
 import bench
 import cpu
 import distill
-import hub
 import layerboost
 import machine
 import measure
@@ -446,14 +446,14 @@ def test_hub_errors_are_one_line(error, message, monkeypatch):
         assert "*.safetensors" in arguments["allow_patterns"]
         raise error.__new__(error)
 
-    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(InputError, match=message) as caught:
         load_model("owner/name", revision="v9")
     assert "\n" not in str(caught.value)
 
 
 def test_what_the_hub_gives_is_loaded(llama, monkeypatch):
-    monkeypatch.setattr(hub, "snapshot_download", lambda **arguments: str(llama))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda **arguments: str(llama))
     assert load_model("owner/name").plan == "SSS"
 
 
@@ -832,3 +832,12 @@ def test_too_little_text_is_said(llama, tmp_path, capsys):
         assert layerboost.main([*flags, "--dtype", "float32"]) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert f"{flag}: too little text: it has 8 tokens, {needed} are needed" in error
+
+
+def test_help_does_not_wait_for_what_it_does_not_need():
+    """torch's compiler takes three seconds to import, the Hub a third of one."""
+    code = "import sys, layerboost; print({'torch._dynamo', 'huggingface_hub'} & set(sys.modules))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert run.stdout == "set()\n", run.stderr
