@@ -59,19 +59,21 @@ def decode_times(engines: dict[str, Engine], context: int, steps: int = 20) -> d
         context >= least,
         f"--lengths: {context} tokens are too few for {steps} steps; give {least} or more",
     )
-    for engine in engines.values():
-        engine.live = [Request(torch.zeros(context), 1)] * len(engine.live)
-        engine.step()  # compiles
-        engine.mark_live()
-        engine.cache.positions.fill_(context - least)
-
     times: dict[str, list[float]] = {name: [] for name in engines}
-    for step in range(warm_up + steps):
-        for name, engine in engines.items():
-            start = time.perf_counter()
-            engine.step().tolist()  # waits for the device
-            if step >= warm_up:
-                times[name].append(time.perf_counter() - start)
+    with progress(total=warm_up + steps, desc="timing steps") as bar:
+        for engine in engines.values():
+            engine.live = [Request(torch.zeros(context), 1)] * len(engine.live)
+            engine.step()  # compiles
+            engine.mark_live()
+            engine.cache.positions.fill_(context - least)
+
+        for step in range(warm_up + steps):
+            for name, engine in engines.items():
+                start = time.perf_counter()
+                engine.step().tolist()  # waits for the device
+                if step >= warm_up:
+                    times[name].append(time.perf_counter() - start)
+            bar.update()
 
     for engine in engines.values():
         engine.live = [None] * len(engine.live)
@@ -127,7 +129,7 @@ def serve_requests(engine: Engine, clients: int, requests: list[Request]) -> dic
     last: dict[Request, float] = {}
 
     total = sum(request.max_new_tokens for request in requests)
-    with progress(total=total, unit="token", desc=f"{clients} clients", leave=False) as bar:
+    with progress(total=total, unit="token", desc=f"{clients} clients") as bar:
         for request in engine.run(waiting):
             last[request] = time.perf_counter()
             first.setdefault(request, last[request])
@@ -153,7 +155,7 @@ def decode_command(args) -> list[dict]:
     """Steps of a full batch at each length, dense and converted in turn, and prompts read alone."""
     models, this = load_pair(args)
     report = []
-    for length in progress(args.lengths, desc="decoding", unit="length", leave=False):
+    for length in progress(args.lengths, desc="decoding", unit="length"):
         engines = {}  # frees the caches of the last length
         for name, model in models.items():
             engines[name] = Engine(model, args.batch, length, args.compile)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from kernels import Past
+from machine import progress
 
 enabled = True
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -263,7 +264,8 @@ def library(heads: int, head_dim: int, dtype: torch.dtype) -> dict[str, Callable
         os.close(handle)
         try:
             build = [*command, str(SOURCE), "-o", temporary]
-            subprocess.run(build, text=True, check=True, capture_output=True)
+            with progress(desc="building cpu.cpp", bar_format="{desc} {elapsed}"):
+                subprocess.run(build, text=True, check=True, capture_output=True)
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)

@@ -25,7 +25,7 @@ takes its share of each step's sequences, and the gradients are summed (data par
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from hub import open_safetensors, require, save_safetensors
 from kernels import sliced_kl
 from machine import Diverged, Interrupt, gather, progress, rank_and_world, say, sum_over_processes
-from measure import kl_by_position
+from measure import hidden_states, kl_by_position
 from model import Model
 
 AVERAGE = 3  # step t of a stage counts as t^AVERAGE in the average of its weights
@@ -45,7 +45,8 @@ IF_DAMAGED = "delete it to start anew"
 
 @dataclass
 class Healing:
-    """The settings of a run. A checkpoint goes on only under the same ones, except `tokens`."""
+    """The settings of a run. A checkpoint goes on only under the same ones, except `tokens` and
+    `validations`."""
 
     tokens: int = 10_000_000  # that the three stages train on, in all
     transfer_steps: int = 10  # of stage 1
@@ -57,6 +58,7 @@ class Healing:
     context: int = 512  # tokens of a sequence in stages 1 and 2
     long_context: int = 4096  # the same in stage 3
     batch: int = 1  # sequences of a step, over all processes
+    validations: int = 8  # at most, over the run
     compile: bool = False  # run the KL, and the blocks of stages 1 and 2, through torch.compile
     seed: int = 0
 
@@ -98,8 +100,12 @@ class Healing:
         return self.short_steps, self.steps, self.tail_lr
 
     def validates(self, step: int) -> bool:
-        """Before the run, between the stages, at its end, and up to four times in between."""
-        return step % math.ceil(self.steps / 5) == 0 or step in self.stage_ends
+        """Before the run and at its end; from four validations on between the stages, too, and
+        evenly in between."""
+        spans = self.validations - 3
+        if spans < 1:
+            return step in (0, self.steps)
+        return step % math.ceil(self.steps / spans) == 0 or step in self.stage_ends
 
     def learning_rate(self, step: int) -> float:
         """The rate of a stage's t-th step, t from 1 on: the warm-up and the fall of arXiv
@@ -145,7 +151,8 @@ def heal(
     identity: dict,
 ) -> dict:
     """Heals `student` in place and merges its adapters. Returns the curve: under `train` the loss
-    of every step (in stage 1 the transfer error), under `valid` pairs of tokens seen and KL.
+    of every step (in stage 1 the transfer error), under `valid` pairs of tokens seen and KL, under
+    `sequences` how many that KL is on.
 
     teacher: the original; student: `convert(teacher, plan)`; train, valid: ids [N, context].
     The run is saved to `checkpoint` every CHECKPOINT_SECONDS, at Ctrl-C (then KeyboardInterrupt is
@@ -165,7 +172,7 @@ def heal(
     with bar, Interrupt() as interrupt:
         while True:
             if settings.validates(run.step):
-                bar.clear()
+                bar.set_postfix_str("validating")
                 run.validate()
 
             ended = run.step == settings.steps
@@ -203,7 +210,7 @@ class Run:
         self.optimizer = Optimizer(prepare(student, settings))
         self.tails = tail_names(student)
         self.step = 0
-        self.curve = {"train": [], "valid": []}
+        self.curve = {"train": [], "valid": [], "sequences": len(valid)}
 
         self.checkpoint = checkpoint
         self.distilled = checkpoint.with_name(f"{checkpoint.stem}-distilled.safetensors")
@@ -214,16 +221,19 @@ class Run:
             self.load(path)
 
         rank, world = rank_and_world()
-        parts = valid[rank::world].to(teacher.device).split(4)
-        with torch.no_grad():  # the teacher's hidden states [B, T, d] on this process's share
-            self.targets = [(ids, teacher.hidden(ids)) for ids in parts if len(ids)]
+        share = valid[rank::world].to(teacher.device).split(4)
+        parts = [ids for ids in share if len(ids)]
+        self.targets = list(zip(parts, hidden_states(teacher, parts)))
 
     def load(self, path: Path) -> None:
         with open_safetensors(path, IF_DAMAGED) as file:
             self.optimizer.load(file)
             metadata = file.metadata()
         self.step = int(metadata["step"])
-        self.curve = json.loads(metadata["curve"])
+        curve = json.loads(metadata["curve"])
+        if curve.get("sequences") != self.curve["sequences"]:
+            del curve["valid"]  # what another budget validated on does not compare
+        self.curve |= curve | {"sequences": self.curve["sequences"]}
         seen = self.settings.tokens_after(self.step)
         say(f"resumed at {seen:,} of {self.settings.trained_tokens:,} tokens")
 
@@ -300,7 +310,7 @@ def find_checkpoint(paths: list[Path], settings: Healing, identity: dict) -> Pat
 
         for key, value in identity.items():
             require(
-                key == "tokens" or made_with.get(key) == value,
+                key in ("tokens", "validations") or made_with.get(key) == value,
                 f"{path}: was made with {key} = {made_with.get(key)}, not {value}; repeat that "
                 "command to go on, or give another --out, or delete the file",
             )
@@ -315,6 +325,14 @@ def find_checkpoint(paths: list[Path], settings: Healing, identity: dict) -> Pat
         "give more, or another --out",
     )
     return None
+
+
+def healed_tokens(checkpoint: Path) -> tuple[int, int]:
+    """How many tokens a run has trained on at a checkpoint, and of how many."""
+    with open_safetensors(checkpoint, IF_DAMAGED) as file:
+        step, made_with = (json.loads(file.metadata()[key]) for key in ("step", "identity"))
+    settings = Healing(**{field.name: made_with[field.name] for field in fields(Healing)})
+    return settings.tokens_after(step), settings.trained_tokens
 
 
 # --- losses ------------------------------------------------------------------------------------

@@ -6,24 +6,29 @@ the file or flag and the fix. A file is written under a temporary name and renam
 or not there.
 """
 
+import codecs
+import glob
 import gzip
+import itertools
 import json
 import os
 import re
+import sys
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from huggingface_hub import errors as hub_errors
-from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 C4 = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"  # the text to heal on when none is named
 TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json.gz")
+DOCUMENT = 20_000  # characters of a .txt file's documents at most, some 4,000 tokens
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
+    "chat_template.jinja",
     "special_tokens_map.json",
     "generation_config.json",
 )
@@ -55,7 +60,7 @@ def find_model(path_or_hub_id: str, revision: str | None = None) -> Path:
     )
     patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
     folder = download(
-        snapshot_download,
+        "snapshot_download",
         path_or_hub_id,
         repo_id=path_or_hub_id,
         revision=revision,
@@ -64,26 +69,29 @@ def find_model(path_or_hub_id: str, revision: str | None = None) -> Path:
     return Path(folder)
 
 
-def download(function, what: str, **arguments) -> str:
+def download(function: str, what: str, **arguments) -> str:
     """Calls a function of huggingface_hub; each of its errors becomes one line about `what`."""
+    import huggingface_hub  # takes a third of a second, which a local folder need not wait for
+    from huggingface_hub import errors
+
     try:
-        return function(**arguments)
-    except hub_errors.GatedRepoError:
+        return getattr(huggingface_hub, function)(**arguments)
+    except errors.GatedRepoError:
         fix = "gated; accept its licence on its Hub page and run `hf auth login`"
-    except hub_errors.RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         fix = f"has no revision {arguments.get('revision')!r}; check --revision"
-    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         fix = "neither a local path nor on the Hub; a private repository needs `hf auth login`"
     except (
-        hub_errors.LocalEntryNotFoundError,
-        hub_errors.OfflineModeIsEnabled,
+        errors.LocalEntryNotFoundError,
+        errors.OfflineModeIsEnabled,
         ConnectionError,
         TimeoutError,
     ):
         fix = "not a local path, and the Hub cannot be reached; check either"
-    except hub_errors.EntryNotFoundError:
+    except errors.EntryNotFoundError:
         fix = "no such file on the Hub"
-    except hub_errors.HTTPError as error:
+    except errors.HTTPError as error:
         fix = str(error).strip().partition("\n")[0]
     raise InputError(f"{what}: {fix}")
 
@@ -142,10 +150,11 @@ def save_safetensors(tensors: dict, path: Path, metadata: dict[str, str]) -> Non
 # --- text --------------------------------------------------------------------------------------
 
 
-def read_documents(source: str, flag: str = "--data"):
-    """Yields the texts of `source`: a .txt file (one document), the `text` fields of a .jsonl,
-    .jsonl.gz or .json.gz file, those of a folder of such files in the order of their names, or of
-    `hub:OWNER/DATASET/FILE`. Raises InputError naming the file and line."""
+def read_documents(source: str, flag: str = "--data", encoding: str = "utf-8"):
+    """Yields the texts of `source`: the paragraphs of a .txt file as `read_paragraphs` joins them,
+    the `text` fields of a .jsonl, .jsonl.gz or .json.gz file, those of a folder of such files in
+    the order of their names, but for hidden ones, or of `hub:OWNER/DATASET/FILE`. Raises
+    InputError naming the file, and the line or byte."""
     kinds = ", ".join(TEXT_SUFFIXES)
     path = Path(source)
     if source.startswith("hub:"):
@@ -155,34 +164,96 @@ def read_documents(source: str, flag: str = "--data"):
             f"{flag} {source}: give hub:OWNER/DATASET/FILE, the file one of {kinds}",
         )
         where = {"repo_id": f"{owner}/{dataset}", "filename": file, "repo_type": "dataset"}
-        path = Path(download(hf_hub_download, f"{flag} {source}", **where))
+        path = Path(download("hf_hub_download", f"{flag} {source}", **where))
 
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.name.endswith(TEXT_SUFFIXES))
+        names = glob.glob("**", root_dir=path, recursive=True)  # leaves hidden ones out
+        files = sorted(path / name for name in names if name.endswith(TEXT_SUFFIXES))
     require(
         path.exists() and files, f"{flag} {source}: no such file, or a folder without {kinds} files"
     )
     for file in files:
         known = file.name.endswith(TEXT_SUFFIXES)
         require(known, f"{flag} {file}: give one of {kinds}, or a folder of them")
-        if file.suffix == ".txt":
-            yield file.read_text(encoding="utf-8", errors="replace")
-        else:
-            yield from read_text_fields(file, flag)
+        read = read_paragraphs if file.suffix == ".txt" else read_text_fields
+        with open_text(file, f"{flag} {file}", encoding) as lines:
+            yield from read(lines, f"{flag} {file}")
 
 
-def read_text_fields(file: Path, flag: str):
-    """The `text` field of each line. Damage is the file's: its line is named."""
-    number = 1
-    with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
+@contextmanager
+def open_text(file: Path, where: str, encoding: str):
+    """The lines of a file, unzipped and decoded. What is wrong with its bytes becomes an InputError
+    that begins with `where`."""
+    open_file = gzip.open if file.suffix == ".gz" else open
+    try:
+        with open_file(file, "rt", encoding=encoding) as lines:
+            try:
+                yield lines
+            except UnicodeError:
+                with open_file(file, "rb") as content:
+                    wrong = wrong_encoding(content.read(), encoding)
+                raise InputError(f"{where}: {wrong}") from None
+    except LookupError:
+        raise InputError(f"--encoding {encoding}: unknown; give cp1252, utf-16 or alike") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        kind = "a gzip that was cut short" if isinstance(error, EOFError) else "not a sound gzip"
+        raise InputError(f"{where}: {kind} ({error}); download it again") from None
+
+
+def wrong_encoding(content: bytes, encoding: str) -> str:
+    """Where the bytes stop being `encoding`, and what they probably are."""
+    start = 0
+    try:
+        content.decode(encoding)
+    except UnicodeDecodeError as error:
+        start = error.start
+
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    for likely in ["utf-16"] if is_utf16 else ["utf-8", "cp1252", "latin-1"]:
+        with suppress(UnicodeDecodeError):
+            content.decode(likely)
+            break
+    return (
+        f"byte {start:,} (0x{content[start]:02x}) is not {encoding}; this is probably {likely}: "
+        f"give --encoding {likely}, or save the text as utf-8"
+    )
+
+
+def read_paragraphs(lines, where: str):
+    """The documents of plain text: its paragraphs, which blank lines part, joined while a document
+    has at most DOCUMENT characters. A longer paragraph is cut at white space."""
+    document = ""
+    for blank, group in itertools.groupby(lines, lambda line: not line.strip("\ufeff \t\n")):
+        if blank:
+            continue
+        paragraph = "".join(group).removeprefix("\ufeff").rstrip()
+        if document and len(document) + len(paragraph) > DOCUMENT:
+            yield document
+            document = ""
+        document = f"{document}\n\n{paragraph}" if document else paragraph
+        if len(document) > DOCUMENT:
+            pieces = rf".{{1,{DOCUMENT}}}(?=\s|\Z)|.{{1,{DOCUMENT}}}"
+            *whole, document = map(str.strip, re.findall(pieces, document, re.DOTALL))
+            yield from whole
+    if document:
+        yield document
+
+
+def read_text_fields(lines, where: str):
+    """The `text` field of each line. Lines that are empty, or have none, are counted on stderr."""
+    skipped = 0
+    for number, line in enumerate(lines, 1):
         try:
-            for number, line in enumerate(lines, 1):  # noqa: B007
-                text = json.loads(line)["text"]
-                if not isinstance(text, str):
-                    raise TypeError
-                yield text
-        except (ValueError, KeyError, TypeError, EOFError, OSError, zlib.error):
-            raise InputError(
-                f"{flag} {file}: line {number}: not a JSON object with a `text` field"
-            ) from None
+            text = json.loads(line.strip("\ufeff \t\n") or "{}").get("text") or ""
+            if not isinstance(text, str):
+                raise TypeError(f"`text` is {text!r:.20}")
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            wrong = "not a JSON object with a `text` field"
+            raise InputError(f"{where}: line {number}: {wrong} ({error})") from None
+        if text:
+            yield text
+        skipped += not text
+    if skipped and int(os.environ.get("RANK", 0)) == 0:  # one process of torchrun's says so
+        note = f"{where}: skipped {skipped:,} of {number:,} lines, which have no `text`"
+        tqdm.write(note, file=sys.stderr)  # which moves a bar out of the way

@@ -28,13 +28,15 @@ from torch import Tensor
 import cpu
 import report
 import scan
-from distill import Healing, heal, tail_names
-from hub import C4, find_model, read_documents, require
+from budget import DECODING, SCANS, Budget, make_budget
+from distill import Healing, heal, healed_tokens, tail_names
+from hub import C4, InputError, find_model, read_documents, read_json, require
 from kernels import FEATURE_MAPS
 from machine import (
     MACHINE_FLAGS,
     add_flags,
     at_least,
+    gather,
     is_main_process,
     pick_dtype,
     rank_and_world,
@@ -42,13 +44,12 @@ from machine import (
     say,
     start_process,
 )
-from measure import RECALL_LENGTHS, read_tasks
+from measure import read_tasks
 from model import Model, cache_bytes, convert, load_model, parse_plan, save_model
 from tokenizer import Tokenizer, load_tokenizer, pack_sequences
 
 LONG_CONTEXT = 4096  # tokens a sequence in the last stage of healing, or all of its positions
 TEXT_TOKENS = 10_000_000  # read to heal on, whatever the budget: a run can go on to a larger one
-VALIDATION_SEQUENCES = 8  # of the evaluation's, watched while healing
 
 TINY = Path(os.path.relpath(Path(__file__).resolve().parent / "tiny"))
 TINY_DEFAULTS = {  # what stands for flags that are not given, without --model
@@ -58,7 +59,6 @@ TINY_DEFAULTS = {  # what stands for flags that are not given, without --model
     "tokens": 36_000,
     "keep": 6,
     "drop": 1,
-    "sequences": 16,
 }
 
 NEXT_STEPS = """
@@ -77,12 +77,18 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     started = time.monotonic()
     out = Path(args.out)
     tiers = {"window": args.window, "sinks": args.sinks, "feature_map": args.feature_map}
-    settings = check_arguments(model, source, tiers, args)
+    check_arguments(model, source, tiers, args)
     tasks = read_tasks(args.tasks)
+
+    # The budget rules the sizes of all that follows.
+    rate = sum(gather(forward_rate(model)))
+    budget = make_budget(model, args, args.batch * args.context, rate)
+    args.tokens, args.sequences, args.passkeys = budget.tokens, budget.sequences, budget.passkeys
+    settings = healing_settings(model, budget, args)
     train, valid = read_text(args, tokenizer, model, settings)
 
     # Scan and plan.
-    layers = scan_layers(model, tokenizer, train, valid, tiers, settings, args)
+    layers = scan_layers(model, tokenizer, train, tiers, settings, budget, rate, args)
     plan = args.plan
     if plan is None:
         costs = scan.costs_of(layers, args.measure)
@@ -104,31 +110,37 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
         f"{short - transfer} of KL distillation, {settings.steps - short} on long sequences."
     )
     same = scan.identity_of(model, train, tiers) | {"plan": plan, "dtype": args.dtype}
-    watched = valid[:VALIDATION_SEQUENCES]
+    watched = valid[: budget.watched]
     curve = heal(model, student, train, watched, settings, out / "healing.safetensors", same)
     if not is_main_process():
         return  # the main process does the rest
+    say(f"\nSave: the healed model, to {out}.")
     save_model(student, out, source)
 
     # Evaluate and report.
     say("\nEvaluate: the untouched, the converted and the healed model on the same text.")
     models = {"base": model, "converted": converted, "healed": student}
-    figures = report.evaluate(models, model, tokenizer, valid, tasks, args.passkeys)
+    sizes = (args.passkeys, budget.recall_lengths)
+    measured = out / "evaluation.json"
+    figures = report.evaluate(models, model, tokenizer, valid, tasks, *sizes, measured)
     report.write_report(figures, curve, settings, args, layers, time.monotonic() - started)
     for name in ("base", "healed"):
         say(f"{name + ' goes on:':17}" + report.continuation(models[name], tokenizer, valid))
-    say(f'\nSaved to {out}. Try: python layerboost.py --model {out} --prompt "The history of"')
+    prompt = "It was late in the evening when" if args.model == str(TINY) else "The history of"
+    say(f'\nSaved to {out}. Try: python layerboost.py --model {out} --prompt "{prompt}"')
     if args.model == str(TINY):
         say(NEXT_STEPS)
 
 
-def check_arguments(model: Model, source: Path, tiers: dict, args) -> Healing:
+def check_arguments(model: Model, source: Path, tiers: dict, args) -> None:
     """What is wrong with the flags together, or with this model, stops here, before any work.
-    Returns the settings of the healing; args.keep and args.plan get their values."""
+    args.keep, args.plan, args.context and args.batch get their values."""
     n = len(model.layers)
     reach = model.config.max_position_embeddings
     args.keep = round(n / 3) if args.keep is None else args.keep
     args.plan = args.plan and parse_plan(args.plan, n)
+    args.context = min(args.context, reach)
+    args.batch = args.batch or rank_and_world()[1]
 
     require(
         Path(args.out).resolve() != source.resolve(),
@@ -141,10 +153,10 @@ def check_arguments(model: Model, source: Path, tiers: dict, args) -> Healing:
     )
     require(
         args.keep + args.drop <= n,
-        f"--keep {args.keep} --drop {args.drop}: the model has {n} layers; "
-        f"give two numbers, together at most {n}",
+        f"{args.split}: {args.keep} layers to keep and {args.drop} to drop are more than the "
+        f"{n} of the model; give --keep and --drop that are {n} together at most",
     )
-    shortest = min(scan.RECALL_PROMPTS)
+    shortest = min(min(prompts) for _, _, prompts in SCANS)
     require(
         "recall" not in args.measure or reach >= shortest,
         f"--measure: recall needs a model of {shortest} positions; give --measure kl",
@@ -156,28 +168,32 @@ def check_arguments(model: Model, source: Path, tiers: dict, args) -> Healing:
     require(not args.scan or Path(args.scan).exists(), f"--scan {args.scan}: no such file")
     convert(model, args.plan or "L" * n, **tiers)  # raises InputError
 
-    context = min(args.context, reach)
+
+def healing_settings(model: Model, budget: Budget, args) -> Healing:
     return Healing(
-        args.tokens,
+        budget.tokens,
         rank=args.rank,
         lr=args.lr,
         seed=args.seed,
-        context=context,
-        batch=args.batch or rank_and_world()[1],
-        long_context=max(context, min(LONG_CONTEXT, reach)),
+        context=args.context,
+        batch=args.batch,
+        long_context=max(args.context, min(LONG_CONTEXT, model.config.max_position_embeddings)),
+        validations=budget.validations,
         compile=bool(args.compile),
     )
 
 
 def scan_layers(
-    model: Model, tokenizer: Tokenizer, train: Tensor, valid: Tensor, tiers: dict, settings, args
+    model: Model, tokenizer: Tokenizer, train: Tensor, tiers: dict, settings, budget, rate, args
 ) -> list[dict]:
     """The damage of each layer by tier, read from a scan made before, measured, or both; nothing is
     scanned where the plan is stated. Says first what the whole run will do."""
     n = len(model.layers)
-    longest = min(scan.CALIBRATION_CONTEXT, model.config.max_position_embeddings)
-    calibration = train.flatten().unfold(0, longest, longest)[: scan.CALIBRATION_SEQUENCES]
-    same = scan.identity_of(model, calibration, tiers)
+    count, longest = budget.calibration
+    calibration = train.flatten().unfold(0, longest, longest)[:count]
+    same = scan.identity_of(model, train.flatten()[: budget.context], tiers)
+    if not args.scan:  # it can be gone on with, under the same sizes
+        same["sizes"] = f"{count} x {longest} tokens, passkeys {budget.prompts}"
     if "task" in args.measure:
         same["task file"] = scan.hash_file(args.tasks[0])
 
@@ -185,57 +201,82 @@ def scan_layers(
     path = Path(args.scan or Path(args.out) / "scan.json")
     if path.exists() and (args.scan or args.plan is None):
         layers = scan.check_scan(path, same, args.measure, n)
+    scanned = scan.count_trials(layers) // 2
     require(
-        not args.scan or len(layers) == n,
-        f"--scan {args.scan}: holds {len(layers)} of {n} layers; repeat the command that makes it",
+        not args.scan or scanned == n,
+        f"--scan {args.scan}: holds {scanned} of {n} layers; repeat the command that makes it",
     )
 
-    announce(model, args, settings, calibration, valid, len(layers))
+    announce(model, args, settings, budget, rate, scanned)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.compile:
-        model.compiled_shapes |= {(2, longest), (settings.together, settings.context)}
+        model.compiled_shapes |= {(min(2, count), longest), (settings.together, settings.context)}
     if args.plan:
         return layers
-    if len(layers) == n:
+    if scanned == n:
         say(f"\nScan: read from {path}.")
         return layers
 
-    say(f"\nScan: one layer at a time, from layer {len(layers)} on.")
-    probes = scan.make_probes(model, tokenizer, args.measure, calibration, train, args.tasks)
-    return scan.scan(model, probes, tiers, path, same, layers)
+    resumed = f"resumed at layer {scanned} of {n}, from {path}" if layers else f"{n} layers"
+    say(f"\nScan: one layer at a time, {resumed}.")
+    work = budget.scan_work(*budget.scan_size, scanned)
+    start = time.monotonic()
+    probes = scan.make_probes(
+        model, tokenizer, args.measure, calibration, train, budget.prompts, args.tasks
+    )
+    layers = scan.scan(model, probes, tiers, path, same, layers)
+    seconds = time.monotonic() - start
+    if work:
+        left = (budget.total - budget.scan) * seconds / work
+        say(f"The scan took {clock(seconds)}; by its speed the rest takes about {clock(left)}.\n")
+    return layers
 
 
 def read_text(args, tokenizer: Tokenizer, model: Model, settings: Healing) -> tuple[Tensor, Tensor]:
-    """Training and validation sequences [N, context]. Without --valid the last documents of --data
-    are held out."""
+    """Training and validation sequences [N, context]. Without --valid the end of --data is held
+    out. Raises InputError, with how much there is and how much is missing, for too little text."""
     eos = model.config.eos_token_ids
     longest = min(report.CONTEXT, model.config.max_position_embeddings)
     needed = args.sequences * longest
-    documents = read_documents(args.data)
+    documents = read_documents(args.data, "--data", args.encoding)
     if args.valid:
-        held_out, where = read_documents(args.valid, "--valid"), f"--valid {args.valid}"
+        held_out = read_documents(args.valid, "--valid", args.encoding)
     else:
-        documents, held_out = hold_out(list(documents), 6 * needed)
-        where = f"--valid is not given, and what is held out of --data {args.data}"
+        documents, held_out = hold_out(list(documents), tokenizer, longest)
 
     valid = pack_sequences(held_out, tokenizer, eos, longest, needed)
     wanted = max(settings.trained_tokens, TEXT_TOKENS)
     train = pack_sequences(documents, tokenizer, eos, settings.context, wanted)
-    for ids, source, least in (
-        (train, f"--data {args.data}", settings.long_context),
-        (valid, where, longest),
-    ):
-        enough = ids.numel() >= least
-        require(enough, f"{source}: too little text; {least} tokens are needed at least")
+
+    missing = {
+        "--data": max(0, settings.long_context - train.numel()),
+        "--valid": max(0, longest - valid.numel()),
+    }
+    if not args.valid:
+        missing["--data"] += missing.pop("--valid")
+    for flag, source in (("--data", args.data), ("--valid", args.valid)):
+        if missing.get(flag):  # counted again, with what filled no sequence
+            text = read_documents(source, flag, args.encoding)
+            there = pack_sequences(text, tokenizer, eos, 1).numel()
+            size = f"it has {there:,} tokens, {there + missing[flag]:,} are needed"
+            raise InputError(f"{flag} {source}: too little text: {size}; give more")
     return train, valid
 
 
-def hold_out(documents: list[str], characters: int) -> tuple[list[str], list[str]]:
-    """Splits off the last documents, about so many characters, at most a tenth of them all."""
+def hold_out(documents: list[str], tokenizer: Tokenizer, least: int) -> tuple[list[str], list[str]]:
+    """Splits off the last twentieth of the characters, but no fewer than `least` tokens take: whole
+    documents, the first of them cut where it is more than twice what is missing."""
+    sample = "".join(documents[-20:])[-20_000:]
+    size = len(sample) / max(1, len(tokenizer.encode(sample)))  # characters of a token
+    missing = max(sum(map(len, documents)) // 20, int(1.25 * least * size))
     held_out: list[str] = []
-    most = 0.1 * len(documents)
-    while len(documents) > 1 and sum(map(len, held_out)) < characters and len(held_out) < most:
-        held_out.append(documents.pop())
+    while documents and missing > 0:
+        document = documents.pop()
+        if len(document) > 2 * missing:
+            documents.append(document[:-missing])
+            document = document[-missing:]
+        held_out.append(document)
+        missing -= len(document)
     return documents, held_out
 
 
@@ -243,45 +284,41 @@ def hold_out(documents: list[str], characters: int) -> tuple[list[str], list[str
 
 
 def announce(
-    model: Model, args, settings: Healing, calibration: Tensor, valid: Tensor, scanned: int
+    model: Model, args, settings: Healing, budget: Budget, rate: float, scanned: int
 ) -> None:
-    """What is going to happen, and about how long it takes here, from a short measurement."""
+    """What is going to happen, and about how long it takes here. rate: work a second, as budget.py
+    counts it; scanned: layers that an earlier run has measured."""
     n = len(model.layers)
-    rate = forward_rate(model) * rank_and_world()[1]
-    reach = model.config.max_position_embeddings
-    tokens = calibration.numel() if "kl" in args.measure else 0
-    if "recall" in args.measure:
-        prompts = scan.RECALL_PROMPTS.items()
-        tokens += sum(length * count for length, count in prompts if length <= reach)
-    passes = 2 + sum(2 * (n - i) / n for i in range(scanned, n))  # over all layers
-    passkeys = args.passkeys * sum(length for length in RECALL_LENGTHS if length <= reach)
-    healing = 5 * settings.trained_tokens  # teacher, student, backward
-    evaluation = 3 * (valid.numel() + passkeys)
-
     kept = f"keeps {args.keep} layers, drops {args.drop}"
     if args.plan:
         first = f"1. plan      {args.plan}, as given"
     elif scanned == n:
         first = f"1. plan      {kept}, from a scan made before"
     else:
-        first = (
-            f"1. scan      {2 * (n - scanned)} trials on {tokens:,} tokens, then a plan that {kept}"
-            f"   about {clock(tokens * passes / rate)}"
-        )
+        scanning = budget.scan_work(*budget.scan_size, scanned)
+        first = f"1. scan      {2 * (n - scanned)} trials"
+        first += f", then a plan that {kept}   about {clock(scanning / rate)}"
+    healing = clock((budget.healing + budget.validation) / rate)
+    evaluation = clock((budget.evaluation + DECODING) / rate)
+    watched = f"{budget.validations} validations on {budget.watched * budget.context:,} tokens"
+    text = f"{budget.sequences * budget.context:,} tokens"
+    passkeys = f"{budget.passkeys} passkeys at each length to {budget.recall_lengths[-1]:,}"
+
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     say(
         f"{args.model}: {n} layers, {parameters:.1f}M parameters, {args.dtype} on {args.device}; "
         f"a forward pass runs at {rate:,.0f} tokens/s here",
         first,
-        f"2. heal      {settings.trained_tokens:,} tokens   about {clock(healing / rate)}",
-        f"3. evaluate  base, converted, healed   about {clock(evaluation / rate)}"
+        f"2. heal      {settings.trained_tokens:,} tokens, {watched}   about {healing}",
+        f"3. evaluate  three models on {text} and {passkeys}   about {evaluation}"
         + (" and the task files" if args.tasks else ""),
         f"All goes to {args.out}. Ctrl-C is safe: the same command goes on where it stopped.",
     )
 
 
-def forward_rate(model: Model, tokens: int = 512) -> float:
-    """Tokens a second of a forward pass, from the second of two short ones."""
+def forward_rate(model: Model, tokens: int = 1024) -> float:
+    """Tokens a second of a forward pass, from the second of two."""
+    tokens = min(tokens, model.config.max_position_embeddings)
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
     with torch.inference_mode():
         float(model.hidden(ids).sum())
@@ -313,19 +350,44 @@ def describe_plan(model: Model, plan: str, tiers: dict, layers: list[dict], meas
     return lines
 
 
+def kept(args) -> str:
+    """What a run that was stopped has left in its folder: the same command goes on from there."""
+    if args.prompt is not None:
+        return ""
+    out, parts = Path(args.out), []
+    if (path := out / "scan.json").exists():
+        made = read_json(path)
+        done = scan.count_trials(made["layers"]) / 2
+        parts.append(f"scan of {done:g} of {made.get('of', '?')} layers in {path}")
+    if (path := out / "healing.safetensors").exists():
+        seen, total = healed_tokens(path)
+        parts.append(f"healing of {seen:,} of {total:,} tokens in {path}")
+    if (path := out / "evaluation.json").exists():
+        parts.append(f"{', '.join(read_json(path))} in {path}")
+    return f"; kept: {'; '.join(parts) or 'nothing yet'}"
+
+
 def generate_text(model: Model, tokenizer: Tokenizer, args) -> None:
-    """Streams the continuation of --prompt to the terminal."""
+    """Streams the continuation of --prompt to the terminal, or says why there is none."""
     ids = tokenizer.encode(args.prompt)
     require(ids, "--prompt is empty; give it some text")
     print(args.prompt, end="", flush=True)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
     prompt = torch.tensor([ids], device=model.device)
     sampling = (args.temperature, args.top_k, args.top_p, args.seed)
+    written = 0
     for token in model.stream(prompt, args.max_new_tokens, *sampling):
         if token.item() in model.config.eos_token_ids:
             break
+        written += 1
         print(decoder.decode(tokenizer.decode_bytes(token.tolist())), end="", flush=True)
     print(decoder.decode(b"", final=True))
+    if not written and tokenizer.has_chat_template:
+        print(
+            f"{args.model} ended the text at once: an instruct model expects its chat format; "
+            "give --prompt the beginning of a text, as 'The capital of France is'",
+            file=sys.stderr,
+        )
 
 
 # --- command line ------------------------------------------------------------------------------
@@ -358,24 +420,30 @@ FLAGS = {
     },
     "text": {
         "data": (str, C4, f"to heal on: {report.TEXT_KINDS}"),
-        "valid": (str, None, "to evaluate on [the last documents of --data, held out]"),
-        "sequences": (at_least(1), 32, "of 1,024 tokens, to evaluate on"),
-        "passkeys": (at_least(1), 20, "hidden numbers to repeat, at each length"),
+        "valid": (str, None, "to evaluate on [the last twentieth of --data, held out]"),
+        "encoding": report.ENCODING,
+        "sequences": (at_least(1), None, "of 1,024 tokens, to evaluate on [2 to 32, by --tokens]"),
+        "passkeys": (at_least(1), None, "hidden numbers to repeat, at each length [5 to 20]"),
         "tasks": (list, [], "question files to evaluate on [none]"),
     },
     "scan and plan": {
         "keep": (at_least(0), None, "layers that keep softmax attention [a third]"),
-        "drop": (at_least(0), 0, "layers whose attention is removed, at a cost in quality"),
+        "drop": (at_least(0), None, "layers whose attention is removed, at a cost in quality [0]"),
         "planner": (tuple(scan.PLANNERS), "tier", "tier: least damage; paper: bands by X"),
         "plan": (str, None, "this one: S, L or X for each layer, or uniform:L [scan and plan]"),
         "measure": (measure_names, "kl+recall", "damage: kl, recall, task or a sum"),
-        "scan": (str, None, "plan from this scan.json [scan, or go on with the one in OUT]"),
+        "scan": (
+            str,
+            None,
+            "plan from this scan.json, made on any text [scan, or go on with the one in OUT]",
+        ),
         "window": (int, 64, "last tokens that an L layer sees exactly"),
         "sinks": (int, 4, "first tokens that it sees exactly"),
         "feature-map": (str, "hedgehog", f"of its tail: {', '.join(FEATURE_MAPS)}"),
     },
     "healing": {
-        "tokens": (token_count, "10M", "to heal on, as 200k or 10M"),
+        "tokens": (token_count, None, "to heal on, as 200k; the rest of the run by it [10M]"),
+        "minutes": (at_least(1e-9, float), None, "for all of the run, in the place of --tokens"),
         "rank": (at_least(1), 16, "of the adapters"),
         "lr": (at_least(1e-9, float), 1e-3, "highest learning rate"),
         "context": (at_least(2), 512, "tokens of a training sequence"),
@@ -385,9 +453,9 @@ FLAGS = {
     "generation": {
         "prompt": (str, None, "only continue this text with MODEL"),
         "max-new-tokens": (at_least(1), 100, "at most so many more tokens"),
-        "temperature": (at_least(0.0, float), 0.0, "0 takes the likeliest token"),
+        "temperature": (at_least(0.0, float), 0.7, "0 takes the likeliest token"),
         "top-k": (at_least(1), None, "draw from the K likeliest tokens [all]"),
-        "top-p": (at_least(1e-9, float), None, "draw from the likeliest P of probability [1]"),
+        "top-p": (at_least(1e-9, float), 0.9, "draw from the likeliest P of probability"),
     },
     "machine": {
         "seed": (int, 0, "of data order, adapters and samples"),
@@ -409,10 +477,21 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         "heal, evaluate, save. Without --model: the embedded one, its own text and settings.",
     )
     add_flags(parser, FLAGS)
+    given = parser.parse_args(argv)
+    if given.tokens and given.minutes:
+        parser.error("--tokens and --minutes: give one of them")
+
+    defaults = {"tokens": TEXT_TOKENS, "drop": 0}
+    if given.model is None:
+        defaults |= TINY_DEFAULTS
+    if given.minutes:
+        del defaults["tokens"]
+    if given.data != C4:
+        defaults.pop("valid", None)  # would be text of another kind
+    parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    if args.model is None:
-        parser.set_defaults(**TINY_DEFAULTS)
-        args = parser.parse_args(argv)
+    split = {"--keep": given.keep, "--drop": given.drop}
+    args.split = " ".join(f"{flag} {value}" for flag, value in split.items() if value is not None)
     args.out = args.out or f"out/{Path(args.model).resolve().name}"
     return args
 
@@ -432,8 +511,7 @@ def run(args) -> None:
 def main(argv=None) -> int:
     args = parse_arguments(argv)
     cpu.enabled = args.compile is not False
-    go_on = f"; run the same command again to go on from what is in {args.out}"
-    return run_program("layerboost", lambda: run(args), go_on if args.prompt is None else "")
+    return run_program("layerboost", lambda: run(args), lambda: kept(args))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import argparse
 import os
 import signal
 import sys
+import threading
+import time
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hub import InputError
+
+BEAT_SECONDS = 2  # between two moves of a bar's clock
+LINE_SECONDS = 30  # between two lines where stderr is no terminal
 
 # --- the terminal ------------------------------------------------------------------------------
 
@@ -27,38 +32,71 @@ def is_main_process() -> bool:
 
 
 def say(*lines) -> None:
-    """Prints on the main process alone."""
+    """Prints on the main process alone, at once, between the bars."""
     if is_main_process():
-        print(*lines, sep="\n", flush=True)
+        with tqdm.external_write_mode():
+            print(*lines, sep="\n", flush=True)
 
 
 def progress(*iterable, **options) -> tqdm:
-    """A tqdm bar on the main process alone."""
-    return tqdm(*iterable, disable=not is_main_process(), **options)
+    """A tqdm bar on the main process alone, lines where stderr is no terminal. Its clock moves
+    within a long step, too. The time left is by the average rate since the start, which counts
+    pauses in, such as validation."""
+    kind = tqdm if sys.stderr.isatty() else Lines
+    bar = kind(*iterable, disable=not is_main_process(), leave=False, smoothing=0, **options)
+    if not bar.disable:
+        threading.Thread(target=keep_moving, args=(bar,), daemon=True).start()
+    return bar
+
+
+class Lines(tqdm):
+    """What stands for bars in a file or a pipe: one line every LINE_SECONDS, of whichever moves."""
+
+    last = time.monotonic()
+
+    def display(self, msg=None, pos=None):
+        if msg is None and time.monotonic() - Lines.last >= LINE_SECONDS:
+            Lines.last = time.monotonic()
+            print(self, file=sys.stderr, flush=True)
+
+    def clear(self, nolock=False):
+        """A line stays."""
+
+
+def keep_moving(bar: tqdm) -> None:
+    while not bar.disable:  # as it is once closed
+        time.sleep(BEAT_SECONDS)
+        with bar.get_lock():
+            bar.refresh(nolock=True)
 
 
 class Diverged(RuntimeError):
     """The loss, or the damage of a layer, became infinite or not a number."""
 
 
-def run_program(name: str, run, go_on: str = "") -> int:
-    """Calls run(). Returns its exit code: 0 done, 1 diverged, 2 bad input, 130 stopped by Ctrl-C.
-    But for 0, one line on stderr says why; `go_on` is what it says of a run that was stopped."""
+def run_program(name: str, run, kept=lambda: "") -> int:
+    """Calls run(). Returns its exit code: 0 done, 1 diverged, 2 bad input, 130 stopped by Ctrl-C,
+    141 when whoever reads the output has left. But for 0 and 141, one line on stderr says why, and
+    where a run diverged or was stopped, kept() what is left of it."""
     code, message = 0, ""
     try:
         run()
+        sys.stdout.flush()
     except InputError as error:
         code, message = 2, str(error)
+    except BrokenPipeError:  # as of `| head`; what is flushed at exit must not fail again
+        code = 141
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         code, message = 2, f"{error.filename or '--out'}: {error.strerror or error}"
     except Diverged as error:
-        code, message = 1, str(error)
+        code, message = 1, str(error) + kept()
     except KeyboardInterrupt:
-        code, message = 130, "stopped" + go_on
+        code, message = 130, "stopped" + kept()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if code and is_main_process():
+    if message and is_main_process():
         print(f"{name}: {message}", file=sys.stderr)
     return code
 

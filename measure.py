@@ -44,6 +44,7 @@ from machine import progress
 from model import Model
 from tokenizer import Tokenizer
 
+TEXT_BATCH = 4  # sequences that are read together
 RECALL_LENGTHS = (256, 512, 1024, 2048)
 RECALL_DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -100,38 +101,64 @@ def sliced_logits(hidden: Tensor, base_hidden: Tensor, head: Tensor, base_head: 
 
 
 @torch.inference_mode()
+def hidden_states(model: Model, batches: list[Tensor]) -> list[Tensor]:
+    """What the original makes of batches of ids [B, T]: [B, T, d] each, after the final norm."""
+    return [model.hidden(ids) for ids in progress(batches, desc="original")]
+
+
+@torch.inference_mode()
 def text_quality(
-    models: dict[str, Model], base: Model, tokenizer: Tokenizer, sequences: Tensor, batch: int = 4
+    models: dict[str, Model], base: Model, tokenizer: Tokenizer, sequences: Tensor, base_states=None
 ) -> dict[str, dict]:
-    """{name: {perplexity, bits_per_byte, kl, agreement}} on sequences [N, T] of ids, the last two
-    against `base`. Bits per UTF-8 byte of the text, special tokens left out, are perplexity made
-    comparable between tokenizers."""
-    totals = {name: torch.zeros(3, dtype=torch.float64) for name in models}
-    batches = sequences.to(base.device).split(batch)
-    for ids in progress(batches, desc="text", unit="batch", leave=False):
+    """{name: {perplexity, bits_per_byte, kl, agreement, errors}} on sequences [N, T] of ids, kl and
+    agreement against `base`, whose `hidden_states` on them are made here where they are not given.
+    Bits per UTF-8 byte of the text, special tokens left out, are perplexity made comparable between
+    tokenizers. `errors` has the standard error of each of the four, from how the sequences
+    differ."""
+    batches = sequences.to(base.device).split(TEXT_BATCH)
+    base_states = base_states or hidden_states(base, batches)
+    sums: dict[str, list[Tensor]] = {name: [] for name in models}
+    for ids, base_hidden in zip(progress(batches, desc="text"), base_states):
         following = F.pad(ids[:, 1:], (0, 1))
-        base_hidden = base.hidden(ids)
         for name, model in models.items():
             hidden = base_hidden if model is base else model.hidden(ids)
             figures = compare_by_position(hidden, base_hidden, model.head, base.head, following)
             figures[0, :, -1] = 0  # nothing is known to follow the last token
-            totals[name] += figures.double().sum((1, 2)).cpu()
+            sums[name].append(figures.double().sum(2).cpu())
 
-    predicted = sequences[:, 1:]
     special = set(tokenizer.added.values())
-    plain = [id for id in predicted.flatten().tolist() if id not in special]
-    text_bytes = len(tokenizer.decode_bytes(plain))
+    sizes = []  # of the text that is predicted, in bytes
+    for row in sequences[:, 1:].tolist():
+        sizes.append(len(tokenizer.decode_bytes([id for id in row if id not in special])))
+    sizes = torch.tensor(sizes, dtype=torch.float64)
 
-    report = {}
-    for name, total in totals.items():
-        nll, kl, same = total.tolist()
-        report[name] = {
-            "perplexity": math.exp(nll / predicted.numel()),
-            "bits_per_byte": nll / math.log(2) / text_bytes,
-            "kl": kl / sequences.numel(),
-            "agreement": same / sequences.numel(),
-        }
-    return report
+    return {
+        name: text_figures(torch.cat(parts, 1), sizes, sequences.shape[1])
+        for name, parts in sums.items()
+    }
+
+
+def text_figures(sums: Tensor, sizes: Tensor, tokens: int) -> dict:
+    """The figures of one model, from its sums of negative log-likelihood, KL and agreement over
+    each sequence [3, N] of so many tokens, and the sizes [N] of their texts in bytes."""
+    nll = sums[0] / (tokens - 1)
+    kl, same = sums[1:] / tokens
+    bits = sums[0] / math.log(2)
+    bits_per_byte = float(bits.sum() / sizes.sum())
+    perplexity = math.exp(nll.mean())
+    errors = {
+        "perplexity": perplexity * standard_error(nll),
+        "bits_per_byte": standard_error(bits - bits_per_byte * sizes) / float(sizes.mean()),
+        "kl": standard_error(kl),
+        "agreement": standard_error(same),
+    }
+    return {
+        "perplexity": perplexity,
+        "bits_per_byte": bits_per_byte,
+        "kl": float(kl.mean()),
+        "agreement": float(same.mean()),
+        "errors": errors,
+    }
 
 
 # --- prompts with an answer --------------------------------------------------------------------
@@ -154,7 +181,7 @@ def score_answers(
     longest_first = sorted(range(len(prompts)), key=lengths.__getitem__, reverse=True)
     scored: dict[int, Scored] = {}
 
-    with progress(total=len(prompts), desc=desc, leave=False) as bar:
+    with progress(total=len(prompts), desc=desc) as bar:
         while len(scored) < len(prompts):
             longest = lengths[longest_first[len(scored)]]
             count = max(1, batch_tokens // longest)
@@ -346,3 +373,16 @@ def mean(values) -> float:
 def quantile(values, share: float) -> float:
     """The value that this share of the others lies below: 0.5 for the median."""
     return sorted(values)[int(share * (len(values) - 1) + 0.5)]
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean of values [N]; 0 where one value alone tells nothing about it."""
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
+
+
+def share_error(share: float, count: int) -> float:
+    """The standard error of a share of `count` trials. It is that of the beta distribution which
+    the trials leave of a share that could have been any: the binomial sqrt(p (1 - p) / n) in large
+    counts, while 5 of 5 are not told as certain."""
+    right = share * count
+    return ((right + 1) * (count - right + 1) / (count + 3)) ** 0.5 / (count + 2)

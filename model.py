@@ -35,6 +35,7 @@ from hub import (
     write_json,
 )
 from kernels import swiglu
+from machine import progress
 from tokenizer import load_tokenizer as load_tokenizer  # so that one import serves both
 
 # The parameters and buffers that stay float32 whatever the model's dtype.
@@ -245,9 +246,10 @@ class Model(nn.Module):
             layers.append(attention and attention.new_cache(batch, max_tokens, dtype, device))
         return Cache(layers, torch.zeros(batch, dtype=torch.int64, device=device))
 
-    def generate(self, ids: Tensor, max_new_tokens: int, **sampling) -> Tensor:
-        """ids [B, T] -> [B, T + max_new_tokens]. What follows a row's end-of-text token is filled
-        with it. `sampling` as in `stream`."""
+    def generate(self, ids, max_new_tokens: int = 100, **sampling) -> Tensor:
+        """ids [B, T] or [T], as tensor or list -> [B, T + max_new_tokens]; B is 1 for [T]. A row
+        is filled with its end-of-text token after it. `sampling` and errors as in `stream`."""
+        ids = token_rows(ids, self.device)
         tokens = list(self.stream(ids, max_new_tokens, **sampling))
         tokens += tokens[-1:] * (max_new_tokens - len(tokens))
         return torch.cat((ids, *(token[:, None] for token in tokens)), dim=1)
@@ -255,8 +257,8 @@ class Model(nn.Module):
     @torch.inference_mode()
     def stream(
         self,
-        ids: Tensor,
-        max_new_tokens: int,
+        ids,
+        max_new_tokens: int = 100,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -265,8 +267,9 @@ class Model(nn.Module):
         """Yields the next token of every row, [B] int64, up to `max_new_tokens` times.
 
         temperature 0 is greedy; otherwise tokens are drawn from the `top_k` likeliest, or the
-        smallest set that holds `top_p` of the probability (arXiv 1904.09751). Raises ValueError for
-        a prompt without tokens."""
+        smallest set that holds `top_p` of the probability (arXiv 1904.09751). Raises TypeError for
+        what is no ids, as text that was not encoded, and ValueError for a prompt without tokens."""
+        ids = token_rows(ids, self.device)
         if ids.shape[1] < 1:
             raise ValueError("generate: the prompt has no tokens; give it one at least")
 
@@ -283,6 +286,23 @@ class Model(nn.Module):
             yield token
             if ended.all():
                 return
+
+
+def token_rows(ids, device: torch.device) -> Tensor:
+    """A list of ids, lists of one length, or a tensor [T] or [B, T] -> [B, T] int64. Raises
+    TypeError for anything else."""
+    try:
+        ids = torch.as_tensor(ids)
+        is_ids = ids.ndim in (1, 2) and not (ids.numel() and ids.is_floating_point())
+    except (TypeError, ValueError, RuntimeError):  # text, or lists of several lengths
+        is_ids = False
+    if not is_ids:
+        raise TypeError(
+            "generate: takes token ids: a list, lists of one length, or a tensor [T] or [B, T]; "
+            "encode text with the tokenizer first: model.generate(tokenizer.encode(text))"
+        )
+    ids = ids.to(device, torch.int64)
+    return ids if ids.ndim == 2 else ids[None]
 
 
 def sample(logits: Tensor, temperature: float, top_k=None, top_p=None, generator=None) -> Tensor:
@@ -412,7 +432,8 @@ def read_weights(folder: Path, model: Model, dtype: torch.dtype, device: str) ->
     wrong = []
     for file in weight_files(folder):
         with open_safetensors(file) as tensors:
-            for stored in tensors.keys():
+            names = progress(tensors.keys(), desc=f"loading {file.name}")
+            for stored in names:
                 name = stored.removeprefix("model.")
                 if name not in wanted:
                     tied_head = name == "lm_head.weight" and model.lm_head is None

@@ -7,9 +7,11 @@ last line that the command prints is one JSON document.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import sys
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,9 +22,10 @@ import measure
 from bench import decode_times, format_table
 from distill import Healing
 from engine import Engine
-from hub import C4, read_documents, require, write_json, write_text
+from hub import C4, DOCUMENT, read_documents, read_json, require, write_json, write_text
 from machine import MACHINE_FLAGS, add_flags, at_least, pick_device, pick_dtype, run_program, say
 from model import Model, cache_bytes, load_model
+from scan import fingerprint
 from tokenizer import Tokenizer, load_tokenizer, pack_sequences
 
 CONTEXT = 1024  # tokens of a sequence, and that each holds where decoding is timed
@@ -36,29 +39,58 @@ def evaluate(
     valid: Tensor,
     tasks: dict[str, list[dict]],
     passkeys: int = 20,
+    lengths: tuple[int, ...] = measure.RECALL_LENGTHS,
+    path: Path | None = None,
 ) -> dict[str, dict]:
     """The figures of every model under its name: those of `measure.text_quality` on valid [N, T]
-    ids, recall of about `passkeys` passkeys, hidden in that text, at each of RECALL_LENGTHS that
-    the model has positions for, tasks, cache_bytes and decode_tokens_per_second."""
+    ids, recall of `passkeys` passkeys (a multiple of five), hidden in that text, at each of the
+    lengths that the model has positions for, tasks, cache_bytes and decode_tokens_per_second. All
+    but speed are kept in the file `path` and not measured again (`once`)."""
     engines = {name: Engine(model, DECODED, CONTEXT) for name, model in models.items()}
     times = decode_times(engines, CONTEXT, 12)
     del engines  # and the memory of their caches
 
     count = max(1, passkeys // len(measure.RECALL_DEPTHS))
-    report = measure.text_quality(models, base, tokenizer, valid)
+    batches = valid.to(base.device).split(measure.TEXT_BATCH)
+    base_states = functools.cache(lambda: measure.hidden_states(base, batches))
+
+    def text(model: Model) -> dict:
+        return measure.text_quality({"": model}, base, tokenizer, valid, base_states())[""]
+
+    report = {}
     for name, model in models.items():
-        figures = report[name]
-        reach = model.config.max_position_embeddings
-        lengths = tuple(length for length in measure.RECALL_LENGTHS if length <= reach)
-        figures["recall"] = measure.passkey_recall(model, tokenizer, valid, lengths, count)
-        figures["tasks"] = {
-            task: measure.task_quality(model, tokenizer, task, items)
-            for task, items in tasks.items()
+        same = {
+            "tensors": fingerprint(*model.parameters(), *base.parameters(), valid),
+            "config": f"{model.config} {model.norm.weight.dtype}",
         }
+        report[name] = figures = once(path, f"text of {name}", same, text, model)
+        reach = model.config.max_position_embeddings
+        possible = [length for length in lengths if length <= reach]
+        asked = same | {"lengths": possible, "passkeys": count}
+        recall = (measure.passkey_recall, model, tokenizer, valid, possible, count)
+        figures["recall"] = once(path, f"passkeys of {name}", asked, *recall)
+        figures["text"] = list(valid.shape)
+        figures["passkeys"] = count * len(measure.RECALL_DEPTHS)
+        figures["tasks"] = {}
+        for task, items in tasks.items():
+            asked = same | {"items": zlib.crc32(json.dumps(items).encode())}
+            quality = (measure.task_quality, model, tokenizer, task, items)
+            figures["tasks"][task] = once(path, f"{task} of {name}", asked, *quality)
         figures["cache_bytes"] = {str(n): cache_bytes(model, n) for n in (1024, 8192)}
         figures["decode_tokens_per_second"] = DECODED / measure.quantile(times[name], 0.5)
         figures["plan"] = model.plan
     return report
+
+
+def once(path: Path | None, name: str, identity: dict, function, *arguments) -> dict:
+    """function(*arguments), at once written into the file `path` under `name`; what is there
+    already, where it was measured under the same identity."""
+    kept = read_json(path) if path and path.exists() else {}
+    if kept.get(name, {}).get("identity") != identity:
+        kept[name] = {"identity": identity, "figures": function(*arguments)}
+        if path:
+            write_json(path, kept)
+    return kept[name]["figures"]
 
 
 def table(report: dict[str, dict]) -> str:
@@ -70,20 +102,30 @@ def table(report: dict[str, dict]) -> str:
 
 
 def table_column(figures: dict) -> dict[str, str]:
-    """{label: figure} of one model."""
-    column = {
-        "bits per byte": f"{figures['bits_per_byte']:.3f}",
-        "perplexity": f"{figures['perplexity']:.2f}",
-        "KL to the base, nats/token": f"{figures['kl']:.4f}",
-        "top-1 agreement": f"{figures['agreement']:.1%}",
-    }
+    """{label: figure} of one model, with the standard error where there is one."""
+
+    def with_error(value: float, error: float, form: str) -> str:
+        return f"{value:{form}} ±{error:{form}}" if error else f"{value:{form}}"
+
+    def share(value: float, count: int, form: str) -> str:
+        return with_error(value, measure.share_error(value, count), form)
+
+    column = {}
+    for label, name, form in (
+        ("bits per byte", "bits_per_byte", ".3f"),
+        ("perplexity", "perplexity", ".2f"),
+        ("KL to the base, nats/token", "kl", ".4f"),
+        ("top-1 agreement", "agreement", ".1%"),
+    ):
+        column[label] = with_error(figures[name], figures["errors"][name], form)
     for length, recalled in figures["recall"].items():
-        column[f"passkey recall at {length}"] = f"{recalled:.0%}"
+        column[f"passkey recall at {length}"] = share(recalled, figures["passkeys"], ".0%")
     for task, result in figures["tasks"].items():
         items = result["items"]
-        column[f"{task} accuracy ({items})"] = f"{result['accuracy']:.1%}"
+        column[f"{task} accuracy ({items})"] = share(result["accuracy"], items, ".1%")
         if "accuracy_norm" in result:
-            column[f"{task} accuracy, per byte ({items})"] = f"{result['accuracy_norm']:.1%}"
+            per_byte = share(result["accuracy_norm"], items, ".1%")
+            column[f"{task} accuracy, per byte ({items})"] = per_byte
         if "perplexity" in result:
             column[f"{task} perplexity ({items})"] = f"{result['perplexity']:.2f}"
     for tokens, size in figures["cache_bytes"].items():
@@ -103,6 +145,9 @@ def write_report(
     healed, converted = report["healed"], report["converted"]
     plan = healed["plan"]
     validation = ", ".join(f"{kl:.3f} at {tokens:,}" for tokens, kl in curve["valid"])
+    sequences, context = healed["text"]
+    watched = curve["sequences"] * context
+    where = args.valid or f"what is held out of {args.data}"
     text = f"""
 # {Path(args.model).name}, boosted
 
@@ -113,11 +158,14 @@ linear-attention summary of the rest (L), {plan.count("X")} have no attention (X
 
 {table(report)}
 
+All on the first {sequences * context:,} tokens of {where}; ± is a standard error.
+
 KL is how far the next-token distribution is from the base model's, top-1 agreement how often both
 name the same token; passkey recall is how often a number hidden in a text of that many tokens is
-repeated. `converted` is before healing.
+repeated, of {healed["passkeys"]} numbers. `converted` is before healing.
 
-Validation KL while healing, on the first of these sequences: {validation}.
+Validation KL while healing: {validation}.
+It differs from the table's since it is on the first {watched:,} of these tokens alone.
 
 KL {converted["kl"]:.4f} -> {healed["kl"]:.4f},
 agreement {converted["agreement"]:.1%} -> {healed["agreement"]:.1%}; {seconds / 60:.1f} min in all.
@@ -147,11 +195,16 @@ def continuation(model: Model, tokenizer: Tokenizer, valid: Tensor) -> str:
 # --- command line ------------------------------------------------------------------------------
 
 
-TEXT_KINDS = ".txt, .jsonl, .jsonl.gz, a folder of them, or hub:DATASET/FILE"
+TEXT_KINDS = (
+    f".txt (blank lines part paragraphs, joined to documents of up to {DOCUMENT:,} characters and "
+    "cut there), .jsonl, .jsonl.gz, a folder of them, or hub:DATASET/FILE"
+)
+ENCODING = (str, "utf-8", "of the text, as cp1252 or utf-16")
 FLAGS = {
     "model": {"base": (str, None, "the original to compare with [none]")},
     "text": {
         "valid": (str, C4, TEXT_KINDS),
+        "encoding": ENCODING,
         "sequences": (at_least(1), 32, "of 1,024 tokens, of it"),
         "passkeys": (at_least(1), 20, "hidden numbers to repeat, at each length"),
         "tasks": (list, [], "question files [none]"),
@@ -184,7 +237,7 @@ def run(args) -> None:
     )
 
     context = min(CONTEXT, config.max_position_embeddings)
-    documents = read_documents(args.valid, "--valid")
+    documents = read_documents(args.valid, "--valid", args.encoding)
     tokens = args.sequences * context
     valid = pack_sequences(documents, tokenizer, config.eos_token_ids, context, tokens)
     require(len(valid), f"--valid {args.valid}: too little text; give {context} tokens or more")

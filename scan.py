@@ -25,10 +25,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from hub import read_json, require, write_json
-from machine import Diverged, gather, progress, rank_and_world
+from machine import Diverged, gather, progress, rank_and_world, say
 from measure import (
+    hidden_states,
     kl_by_position,
     mean,
     pad_prompts,
@@ -41,9 +43,6 @@ from measure import (
 from model import Model, convert
 from tokenizer import Tokenizer
 
-CALIBRATION_CONTEXT = 2048  # tokens a sequence of the kl measure
-CALIBRATION_SEQUENCES = 4
-RECALL_PROMPTS = {512: 4, 1024: 2, 2048: 1}  # by context length, of the recall measure
 TASK_ITEMS = 100  # of the first question file, of the task measure
 MEASURES = ("kl", "recall", "task")
 
@@ -63,7 +62,7 @@ def kl_probe(model: Model, sequences: Tensor) -> Probe:
     position is judged, since the head costs as much as a third of the layers."""
     every = 4
     batches = list(sequences.to(model.device).split(2))
-    base = [model.hidden(ids)[:, ::every] for ids in batches]
+    base = [hidden[:, ::every] for hidden in hidden_states(model, batches)]
 
     def damage(hiddens: list[Tensor]) -> dict[str, float]:
         parts = []
@@ -85,20 +84,21 @@ def kl_probe(model: Model, sequences: Tensor) -> Probe:
     return Probe(batches, damage)
 
 
-def recall_probe(model: Model, tokenizer: Tokenizer, text: Tensor) -> Probe:
+def recall_probe(
+    model: Model, tokenizer: Tokenizer, text: Tensor, prompts: dict[int, int]
+) -> Probe:
     """A column besides `recall` for each context length."""
     groups = {}  # length: prompts
-    for length, count in RECALL_PROMPTS.items():
-        if length <= model.config.max_position_embeddings:
-            depths = tuple((i + 0.5) / count for i in range(count))
-            groups[length] = passkey_prompts(tokenizer, text, length, depths, 1, seed=1)
+    for length, count in prompts.items():
+        depths = tuple((i + 0.5) / count for i in range(count))
+        groups[length] = passkey_prompts(tokenizer, text, length, depths, 1, seed=1)
     batches = [pad_prompts(group).to(model.device) for group in groups.values()]
 
     def log_likelihoods(hiddens: list[Tensor]) -> list[list[float]]:
         scored = [score_rows(x, model.head, group) for x, group in zip(hiddens, groups.values())]
         return [[answer.log_likelihood for answer in group] for group in scored]
 
-    base = log_likelihoods([model.hidden(ids) for ids in batches])
+    base = log_likelihoods(hidden_states(model, batches))
 
     def damage(hiddens: list[Tensor]) -> dict[str, float]:
         columns = {}
@@ -121,7 +121,7 @@ def task_probe(model: Model, tokenizer: Tokenizer, path: str) -> Probe:
         scored = [score_rows(hidden, model.head, group) for hidden, group in zip(hiddens, groups)]
         return task_accuracy(items, scored)["accuracy"]
 
-    base = accuracy([model.hidden(ids) for ids in batches])
+    base = accuracy(hidden_states(model, batches))
     return Probe(batches, lambda hiddens: {"task": base - accuracy(hiddens)})
 
 
@@ -132,14 +132,16 @@ def make_probes(
     measures: list[str],
     calibration: Tensor,
     text: Tensor,
+    prompts: dict[int, int],
     tasks: list[str],
 ) -> list[Probe]:
-    """calibration [N, T] and text, of any shape, are ids; `task` takes the first of `tasks`."""
+    """calibration [N, T] and text, of any shape, are ids; prompts: {length: count} of the passkeys
+    hidden in the text; `task` takes the first of `tasks`."""
     probes = []
     if "kl" in measures:
         probes.append(kl_probe(model, calibration))
     if "recall" in measures:
-        probes.append(recall_probe(model, tokenizer, text))
+        probes.append(recall_probe(model, tokenizer, text, prompts))
     if "task" in measures:
         probes.append(task_probe(model, tokenizer, tasks[0]))
     return probes
@@ -153,58 +155,72 @@ def scan(
     model: Model, probes: list[Probe], tiers: dict, path: Path, identity: dict, layers: list[dict]
 ) -> list[dict]:
     """Changes each layer alone to X and to L: [{"X": {column: damage}, "L": ...} per layer],
-    several layers at a time under torchrun.
+    several trials at a time under torchrun.
 
-    tiers: the settings of L. Goes on after the `layers` that an earlier run has measured, and
-    writes all of them to `path` after every layer. Raises Diverged for damage that is not finite.
+    tiers: the settings of L. Goes on after the trials in `layers`, which an earlier run has made,
+    and writes all of them to `path` after each. Raises Diverged for damage that is not finite.
     """
     n = len(model.layers)
     altered = {tier: convert(model, tier * n, **tiers) for tier in "XL"}  # a trial takes a block
     rank, world = rank_and_world()
+    trials = [(i, tier) for i in range(n) for tier in "XL"][count_trials(layers) :]
+    own = trials[rank::world]  # each process takes one of the next trials
+    idle = math.ceil(len(trials) / world) - len(own)  # 1 where others have one more, else 0
 
-    i = len(layers) + rank
+    layers = [dict(row) for row in layers] + [{} for _ in range(n - len(layers))]
     streams = [[model.embed_tokens(ids) for ids in probe.batches] for probe in probes]
-    streams = advance(model, streams, 0, i)
-    with progress(total=2 * n, initial=2 * len(layers), desc="scanning", unit="trial") as bar:
-        while len(layers) < n:  # each process takes one of the next layers
-            measured = {}
-            for tier in "XL" if i < n else "":
-                columns = {}
-                for probe, stream in zip(probes, streams):
-                    changed = advance(altered[tier], [stream], i, i + 1)
-                    (ends,) = advance(model, changed, i + 1, n)
-                    columns |= probe.damage([model.norm(x) for x in ends])
-                if not all(map(math.isfinite, columns.values())):
-                    raise Diverged(f"the damage of layer {i} as {tier} is not a finite number")
-                measured[tier] = columns
-                shown = " ".join(f"{k} {columns[k]:.3f}" for k in MEASURES if k in columns)
-                bar.set_postfix_str(f"layer {i} {tier} {shown}")
-                bar.update()
+    entered = 0  # the layer that the streams enter
+    tokens = sum(ids.numel() for probe in probes for ids in probe.batches)
+    blocks = max(own, default=(0, ""))[0] + sum(n - i for i, _ in own)
+    bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+    with progress(total=blocks * tokens, desc="scanning", bar_format=bar_format) as bar:
+        for i, tier in own + [(n, "")] * idle:
+            columns = {}
+            streams = [advance(model, stream, entered, i, bar) for stream in streams]
+            entered = i
+            for probe, stream in zip(probes, streams if tier else ()):
+                changed = advance(altered[tier], stream, i, i + 1, bar)
+                ends = advance(model, changed, i + 1, n, bar)
+                columns |= probe.damage([model.norm(x) for x in ends])
+            if not all(map(math.isfinite, columns.values())):
+                raise Diverged(f"the damage of layer {i} as {tier} is not a finite number")
+            shown = " ".join(f"{k} {columns[k]:.3f}" for k in MEASURES if k in columns)
+            bar.set_postfix_str(f"layer {i} of {n} as {tier}: {shown}", refresh=False)
 
-            layers = layers + [row for row in gather(measured) if row]
-            bar.update(2 * len(layers) - bar.n)
+            for layer, letter, damage in gather((i, tier, columns)):
+                if damage:
+                    layers[layer][letter] = damage
             if rank == 0:
-                write_json(path, {"identity": identity, "layers": layers})
-            streams = advance(model, streams, i, i + world)
-            i += world
+                done = [row for row in layers if row]
+                write_json(path, {"identity": identity, "of": n, "layers": done})
     return layers
 
 
-def advance(model: Model, streams: list[list[Tensor]], first: int, last: int):
-    """Runs layers first..last-1, as far as there are any, on the residual streams of all probes."""
-    last = min(last, len(model.layers))
-    return [[model.run_layers(x, first, last) for x in stream] for stream in streams]
+def advance(model: Model, stream: list[Tensor], first: int, last: int, bar: tqdm) -> list[Tensor]:
+    """Runs layers first..last-1 on the residual stream of each batch of a probe, [B, T, d]."""
+    ends = []
+    for x in stream:
+        for i in range(first, last):
+            x = model.run_layers(x, i, i + 1)
+            bar.update(x.shape[0] * x.shape[1])
+        ends.append(x)
+    return ends
+
+
+def count_trials(layers: list[dict]) -> int:
+    return sum(map(len, layers))
 
 
 def check_scan(path: Path, identity: dict, measures: list[str], n: int) -> list[dict]:
-    """The layers that a scan file holds. Raises InputError naming the first thing in which it
-    differs from this run: a whole one must have the measures that are asked for, one that is to be
-    gone on with no others."""
+    """The layers that a scan file holds, the last one perhaps as X alone. One that was made on
+    other text will do, and a line says so. Raises InputError naming the first other thing in which
+    it differs from this run: a whole one must have the measures that are asked for, one that is to
+    be gone on with no others, and the same sizes."""
     again = "scan again (leave out --scan, or give another --out)"
     made = read_json(path)
     require(made.get("identity") and made.get("layers"), f"{path}: is no scan file; {again}")
     columns = [name for name in MEASURES if name in made["layers"][0]["X"]]
-    unfinished = len(made["layers"]) < n
+    unfinished = count_trials(made["layers"]) < 2 * n
     require(
         set(measures) <= set(columns) and not (unfinished and set(measures) < set(columns)),
         f"{path}: was measured with --measure {'+'.join(columns)}, "
@@ -213,9 +229,12 @@ def check_scan(path: Path, identity: dict, measures: list[str], n: int) -> list[
     for key, value in identity.items():
         before = made["identity"].get(key)
         require(
-            before == value,
+            key == "data" or before == value or (key == "sizes" and not unfinished),
             f"{path}: was measured with {key} {before}, this run has {value}; {again}",
         )
+    if made["identity"].get("data") != identity.get("data"):
+        say(f"{path} was measured on other text than this run's; it is used all the same.")
+        identity["data"] = "several texts"  # if this run goes on with it
     return made["layers"]
 
 

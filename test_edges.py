@@ -5,13 +5,18 @@ in one line that names the file or flag and the fix, or in a slower way to the s
 
 import functools
 import gzip
+import io
+import itertools
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
@@ -20,8 +25,8 @@ from safetensors.torch import load_file, save_file
 import bench
 import cpu
 import distill
-import hub
 import layerboost
+import machine
 import measure
 import report
 import scan as scan_module
@@ -343,6 +348,37 @@ def test_a_prompt_without_tokens_is_refused(llama):
         load_model(str(llama)).generate(torch.zeros(1, 0, dtype=torch.int64), 5)
 
 
+@pytest.mark.parametrize("template", ["chat_template.jinja", "tokenizer_config.json", None])
+def test_an_instruct_model_that_ends_at_once_says_why(template, llama, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(llama, folder)
+    if template:
+        (folder / template).write_text('{"chat_template": "{{ messages }}"}')
+    ids = load_tokenizer(str(llama)).encode("the key of")
+    first = int(load_model(str(llama)).generate(ids, 1)[0, -1])
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": first}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    flags = ["--model", str(folder), "--prompt", "the key of", "--dtype", "float32"]
+    assert layerboost.main([*flags, "--temperature", "0"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "the key of\n"
+    assert len(printed.err.splitlines()) == (1 if template else 0)
+    assert not template or "an instruct model expects its chat format" in printed.err
+
+
+@pytest.mark.parametrize("ids", ["text", ["text"], [[1, 2], [3]], [1.5], torch.tensor(3), None])
+def test_what_is_no_ids_is_told_to_encode_text_first(ids, llama):
+    model = load_model(str(llama))
+    with pytest.raises(TypeError, match="encode text with the tokenizer first"):
+        model.generate(ids, 5)
+
+
+def test_several_rows_are_no_text(llama):
+    with pytest.raises(ValueError, match="give one row of them"):
+        load_tokenizer(str(llama)).decode(torch.zeros(2, 3, dtype=torch.int64))
+
+
 def lowercase(spec):
     spec["normalizer"] = {"type": "Lowercase"}
 
@@ -410,14 +446,14 @@ def test_hub_errors_are_one_line(error, message, monkeypatch):
         assert "*.safetensors" in arguments["allow_patterns"]
         raise error.__new__(error)
 
-    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(InputError, match=message) as caught:
         load_model("owner/name", revision="v9")
     assert "\n" not in str(caught.value)
 
 
 def test_what_the_hub_gives_is_loaded(llama, monkeypatch):
-    monkeypatch.setattr(hub, "snapshot_download", lambda **arguments: str(llama))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda **arguments: str(llama))
     assert load_model("owner/name").plan == "SSS"
 
 
@@ -429,22 +465,42 @@ def test_text_that_cannot_be_read_is_named_by_file_and_line(tmp_path):
         return list(read_documents(str(source), flag))
 
     path = tmp_path / "b.jsonl"
-    for second in ('{"body": 1}', '{"text": null}', "{"):
+    for second, cause in (
+        ("{", "not a JSON object"),
+        ('["text"]', "not a JSON object with a `text` field .'list'"),
+        ('{"text": 5}', "`text` is 5"),
+        ('{"text": "a", "n": ' + "1" * 5000 + "}", "4300 digits"),
+        ("[" * 100_000, "recursion depth exceeded while decoding a JSON array"),
+    ):
         path.write_text('{"text": "line"}\n' + second)
-        with pytest.raises(InputError, match="b.jsonl: line 2"):
+        with pytest.raises(InputError, match=f"--data .*b.jsonl: line 2: .*{cause}"):
             read(path)
-    for name, content in (
-        ("d.jsonl.gz", b"not zipped"),
-        ("e.jsonl", "\ufeff{}".encode("utf-16")),
-        ("f.jsonl.gz", gzip.compress(b'{"text": "cut"}')[:-9]),
+    for name, content, cause in (
+        ("d.jsonl.gz", b"not zipped", "not a sound gzip"),
+        ("e.jsonl.gz", gzip.compress(b'{"text": "cut"}')[:-9], "gzip that was cut short"),
+        ("f.txt", "Two caf\u00e9s".encode("cp1252"), r"byte 7 \(0xe9\) is not utf-8.*cp1252"),
+        ("g.txt", b"\x81 and \xe9", "byte 0 .*--encoding latin-1"),
+        ("h.jsonl", "\ufeff{}".encode("utf-16"), "byte 0 .*--encoding utf-16"),
+        ("i.jsonl.gz", gzip.compress(b'{"text": ""}\n\xe9'), "byte 13 "),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=f"{name}: line 1"):
+        with pytest.raises(InputError, match=f"--data .*{name}: .*{cause}"):
             read(tmp_path / name)
+    with pytest.raises(InputError, match="f.txt: byte .* is not utf-16.*--encoding cp1252"):
+        list(read_documents(str(tmp_path / "f.txt"), encoding="utf-16"))
     with pytest.raises(InputError, match="the file one of .txt"):
         read("hub:owner/dataset/part.parquet")
     with pytest.raises(InputError, match="--valid .*nowhere: no such file"):
         read(tmp_path / "nowhere", "--valid")
+
+
+def test_lines_without_text_are_skipped_and_counted(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    lines = ['\ufeff{"text": "one"}', "", '{"text": null}', '{"body": 1}', '{"text": "two"}', "  "]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert list(read_documents(str(path))) == ["one", "two"]
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note == f"--data {path}: skipped 4 of 6 lines, which have no `text`"
 
 
 CHOICES = {"query": "why", "choices": ["a", "b"], "gold": 1}
@@ -500,7 +556,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 @pytest.mark.parametrize(
     "flags,message",
     [
-        ("--keep 3 --drop 1", "--keep 3 --drop 1"),
+        ("--keep 3 --drop 1", "--keep 3 --drop 1: 3 layers to keep and 1 to drop are more than"),
+        ("--keep 50", "layerboost: --keep 50: 50 layers to keep and 0 to drop are more than the 3"),
+        ("--drop 3", "layerboost: --drop 3: 1 layers to keep and 3 to drop"),
         ("--plan SL", "give 3 letters"),
         ("--plan uniform:Q", "give 3 letters"),
         ("--feature-map cosine", "--feature-map 'cosine'"),
@@ -515,6 +573,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         ("--scan nowhere.json", "--scan nowhere.json"),
         ("--prompt=", "--prompt is empty"),
         ("--device meta", "--device meta"),
+        ("--encoding utf-9", "--encoding utf-9: unknown; give cp1252"),
     ],
 )
 def test_bad_flags_are_one_line_and_exit_code_2(flags, message, llama, text, tmp_path, capsys):
@@ -529,6 +588,8 @@ def test_bad_flags_are_one_line_and_exit_code_2(flags, message, llama, text, tmp
         ("--tokens ten", "'ten' is not a number of tokens; write 200k, 10M or 4096"),
         ("--tokens infM", "'infM' is not a number of tokens"),
         ("--tokens k", "'k' is not a number of tokens"),
+        ("--tokens 36k --minutes 10", "--tokens and --minutes: give one of them"),
+        ("--minutes 0", "--minutes: 0 is not"),
         ("--sequences 0", "--sequences: 0 is not 1 or more"),
         ("--keep -1", "--keep: -1 is not 0 or more"),
         ("--measure luck", "--measure: 'luck': give kl, recall, task"),
@@ -630,6 +691,17 @@ def test_a_task_measure_belongs_to_its_question_file(llama, text, tmp_path, caps
         scan_module.check_scan(tmp_path / "scan.json", made_for, ["task"], 3)
 
 
+def test_a_scan_made_on_other_text_is_used_and_the_difference_stays_known(tmp_path, capsys):
+    path = tmp_path / "scan.json"
+    layers = [{"X": {"kl": 1.0}, "L": {"kl": 0.5}}, {"X": {"kl": 2.0}}]
+    path.write_text(json.dumps({"identity": {"data": "one", "window": 8}, "layers": layers}))
+    for data, said in (("one", 0), ("other", 1)):
+        identity = {"data": data, "window": 8}
+        assert scan_module.check_scan(path, identity, ["kl"], 2) == layers
+        assert capsys.readouterr().out.count("was measured on other text") == said
+    assert identity["data"] == "several texts"  # what the rest of it is written with
+
+
 def test_part_of_a_scan_is_no_scan(made, llama, text, tmp_path, capsys):
     whole = json.loads((made / "scan.json").read_text())
     part = tmp_path / "part.json"
@@ -638,6 +710,14 @@ def test_part_of_a_scan_is_no_scan(made, llama, text, tmp_path, capsys):
         flags = ["--measure", "kl", "--scan", str(part)]
         assert layerboost.main(short_run(llama, text, tmp_path / "new", *flags)) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_scan_of_another_budget_serves_and_is_not_gone_on_with(made):
+    """Layers measured on longer prompts do not compare with those measured on shorter ones."""
+    identity = json.loads((made / "scan.json").read_text())["identity"] | {"sizes": "more"}
+    assert len(scan_module.check_scan(made / "scan.json", identity, ["kl"], 3)) == 3
+    with pytest.raises(InputError, match="was measured with sizes 1 x 512 tokens, .* has more"):
+        scan_module.check_scan(made / "scan.json", identity, ["kl"], 4)
 
 
 # --- runs that stop ------------------------------------------------------------------------------
@@ -654,16 +734,80 @@ def test_a_broken_model_stops_the_scan(llama, text, tmp_path, capsys):
     save_model(model, tmp_path / "broken", llama)
     flags = short_run(tmp_path / "broken", text, tmp_path / "out", "--measure", "kl")
     assert layerboost.main(flags) == 1
-    assert "layer 0 as X is not a finite number" in capsys.readouterr().err
+    message = "the damage of layer 0 as X is not a finite number; kept: nothing yet"
+    assert message in capsys.readouterr().err
 
 
-def test_ctrl_c_says_how_to_go_on(llama, text, tmp_path, capsys, monkeypatch):
-    def stop(*_):
-        raise KeyboardInterrupt
+def run_until(monkeypatch, module, name: str, count: int, flags: list[str]) -> None:
+    """Runs layerboost.py, stopped by Ctrl-C in the count-th call of a function."""
+    function, calls = getattr(module, name), itertools.count(1)
 
-    monkeypatch.setattr(layerboost, "heal", stop)
-    assert layerboost.main(short_run(llama, text, tmp_path, "--plan", "SLX")) == 130
-    assert f"go on from what is in {tmp_path}" in capsys.readouterr().err
+    def counting(*arguments):
+        if next(calls) == count:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, counting)
+        assert layerboost.main(flags) == 130
+
+
+def test_ctrl_c_says_what_is_kept_and_nothing_is_done_again(
+    llama, text, tmp_path, capsys, monkeypatch
+):
+    flags = short_run(llama, text, tmp_path, "--measure", "kl", "--tokens", "1k")
+    run_until(monkeypatch, layerboost, "load_tokenizer", 1, flags)
+    assert capsys.readouterr().err == "layerboost: stopped; kept: nothing yet\n"
+
+    run_until(monkeypatch, scan_module, "write_json", 4, flags)  # the fourth trial is lost
+    scanned = f"scan of 1.5 of 3 layers in {tmp_path}/scan.json"
+    assert capsys.readouterr().err == f"layerboost: stopped; kept: {scanned}\n"
+    before = json.loads((tmp_path / "scan.json").read_text())["layers"]
+
+    run_until(monkeypatch, measure, "passkey_recall", 2, flags)
+    printed = capsys.readouterr()
+    assert f"resumed at layer 1 of 3, from {tmp_path}/scan.json" in printed.out
+    assert f"healing of 512 of 512 tokens in {tmp_path}/healing.safetensors" in printed.err
+    evaluated = "text of base, passkeys of base, text of converted"
+    assert f"{evaluated} in {tmp_path}/evaluation.json" in printed.err
+    layers = json.loads((tmp_path / "scan.json").read_text())["layers"]
+    assert layers[0] == before[0] and layers[1]["X"] == before[1]["X"] and len(layers) == 3
+
+    recall = measure.passkey_recall
+    asked = []
+    monkeypatch.setattr(measure, "passkey_recall", lambda *a: asked.append(a[0].plan) or recall(*a))
+    monkeypatch.delattr(scan_module, "scan")
+    assert layerboost.main(flags) == 0
+    plan = json.loads((tmp_path / "report.json").read_text())["plan"]
+    assert asked == [plan, plan]  # of the converted and the healed one alone
+    assert "resumed at 512 of 512 tokens" in capsys.readouterr().out
+
+
+def test_output_that_nobody_reads_ends_the_run_without_a_word(monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert machine.run_program("layerboost", lambda: machine.say("a line")) == 141
+        assert machine.run_program("report", lambda: print("a line")) == 0  # goes nowhere
+    assert not capsys.readouterr().err
+
+
+def test_a_bar_moves_within_a_step_and_is_lines_where_there_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(machine, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(machine, "LINE_SECONDS", 0)
+    with machine.progress(total=2, desc="a step"):
+        time.sleep(0.2)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 2 and all(line.startswith("a step:   0%|") for line in lines)
+
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with machine.progress(total=2, desc="a step"):
+        time.sleep(0.2)
+    bars = terminal.getvalue()
+    assert bars.count("a step:   0%|") > 2 and "\n" not in bars and bars.endswith(" \r")
 
 
 def test_a_folder_that_cannot_be_written_is_named(llama, text, tmp_path, capsys):
@@ -674,7 +818,26 @@ def test_a_folder_that_cannot_be_written_is_named(llama, text, tmp_path, capsys)
 
 
 def test_too_little_text_is_said(llama, tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("a few words")
-    flags = short_run(llama, tmp_path / "a.txt", tmp_path / "out")
-    assert layerboost.main(flags) == 2
-    assert "too little text; 512 tokens are needed" in capsys.readouterr().err
+    """Of the flag that was given, with what there is and what is needed."""
+    mine, other = tmp_path / "a.txt", tmp_path / "b.txt"
+    mine.write_text("a few words")
+    other.write_text("many words " * 1000)
+    for data, valid, flag, needed in (
+        (mine, None, f"--data {mine}", "1,032"),
+        (mine, other, f"--data {mine}", "520"),
+        (other, mine, f"--valid {mine}", "520"),
+    ):
+        flags = ["--model", str(llama), "--data", str(data), "--out", str(tmp_path / "out")]
+        flags += ["--valid", str(valid)] if valid else []
+        assert layerboost.main([*flags, "--dtype", "float32"]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"{flag}: too little text: it has 8 tokens, {needed} are needed" in error
+
+
+def test_help_does_not_wait_for_what_it_does_not_need():
+    """torch's compiler takes three seconds to import, the Hub a third of one."""
+    code = "import sys, layerboost; print({'torch._dynamo', 'huggingface_hub'} & set(sys.modules))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert run.stdout == "set()\n", run.stderr

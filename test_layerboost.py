@@ -15,9 +15,11 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import timeit
 from collections import deque
@@ -44,6 +46,7 @@ import report as report_module
 import roofline
 import scan as scan_module
 from attention import SoftmaxAttention, WindowLinearAttention, linear
+from budget import Budget, make_budget
 from config import read_config
 from conftest import GOLDEN, TIERS, boosted, needs_cpp, short_run, write_model
 from engine import Engine, Request, move_sequences, prefill
@@ -612,6 +615,20 @@ def test_generation_repeats_under_a_seed(llama):
     assert torch.equal(model.generate(ids, 0), ids)
 
 
+def test_ids_are_taken_in_every_form_that_people_guess(llama):
+    model, tokenizer = load_model(str(llama)), load_tokenizer(str(llama))
+    ids = tokenizer.encode("the key of")
+    assert type(ids) is list and type(ids[0]) is int
+    expected = model.generate(torch.tensor([ids]), 5)
+    for form in (ids, [ids], torch.tensor(ids), torch.tensor(ids, dtype=torch.int32)):
+        assert torch.equal(model.generate(form, 5), expected)
+    assert torch.equal(model.generate([ids, ids], 5), expected.expand(2, -1))
+    assert [int(token) for token in model.stream(ids, 5)] == expected[0, -5:].tolist()
+    assert tokenizer.decode(expected[0]) == tokenizer.decode(expected[0].tolist())
+    assert tokenizer.decode(expected[0]).startswith("the key of")
+    assert "".join(map(tokenizer.decode, torch.tensor(ids))) == "the key of"  # one at a time
+
+
 def test_sampling_keeps_to_the_likeliest():
     logits = torch.tensor([[0.0, 3.0, 2.0, -1.0]]).repeat(500, 1)
 
@@ -938,6 +955,9 @@ def test_sequences_have_an_end_of_text_between_documents(llama):
 
 def test_documents_are_read_from_every_kind_of_file(tmp_path):
     (tmp_path / "a.txt").write_text("plain")
+    (tmp_path / ".hidden.txt").write_text("left out")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git/d.txt").write_text("left out")
     (tmp_path / "b.jsonl").write_text('{"text": "line"}\n{"text": "other"}\n')
     with gzip.open(tmp_path / "c.json.gz", "wt") as file:
         file.write('{"text": "zipped"}\n')
@@ -945,16 +965,60 @@ def test_documents_are_read_from_every_kind_of_file(tmp_path):
     assert list(read_documents(str(tmp_path / "b.jsonl"))) == ["line", "other"]
 
 
+def test_the_documents_of_plain_text_are_its_paragraphs_joined(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffOne,\r\ntwo.\r\n\r\n \nThree. \n\n\n".encode())
+    assert list(read_documents(str(path))) == ["One,\ntwo.\n\nThree."]
+
+    paragraph = "word " * 1500 + "end"
+    path.write_text("\n\n".join([paragraph] * 5))
+    documents = list(read_documents(str(path)))
+    assert documents == ["\n\n".join([paragraph] * n) for n in (2, 2, 1)]
+
+    path.write_text(" ".join(map(str, range(20_000))))  # one line
+    documents = list(read_documents(str(path)))
+    assert " ".join(documents).split() == [str(i) for i in range(20_000)]
+    assert [19_990 < len(document) <= 20_000 for document in documents[:-1]] == [True] * 5
+    path.write_text("x" * 45_000)
+    assert [len(document) for document in read_documents(str(path))] == [20_000, 20_000, 5_000]
+
+
+def test_text_in_another_encoding_is_read_by_its_name(tmp_path):
+    for encoding in ("cp1252", "utf-16", "utf-8"):
+        for name, content in (("a.txt", "Café – été"), ("b.jsonl", '{"text": "Café – été"}')):
+            (tmp_path / name).write_bytes(content.encode(encoding))
+        assert list(read_documents(str(tmp_path), encoding=encoding)) == ["Café – été"] * 2
+
+
+# --- README ------------------------------------------------------------------------------------
+
+README = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_of_readme_runs_as_it_stands_there(llama, capsys):
+    (snippet,) = re.findall(r"(?:^    (?:from|import) model.*\n)(?:^    .*\n)+", README, re.M)
+    assert '"tiny"' in snippet
+    exec(textwrap.dedent(snippet).replace('"tiny"', repr(str(llama))), {})
+    assert capsys.readouterr().out.startswith("It was late in the evening when")
+
+
+def test_what_readme_names_is_there():
+    links = [link for link in re.findall(r"\]\(([^)#]+)", README) if "://" not in link]
+    files = re.findall(r"`([\w/]+\.(?:py|cpp|md))`", README)
+    assert len(links) > 5 and "layerboost.py" in files
+    missing = [name for name in links + files if not (Path(__file__).parent / name).exists()]
+    assert not missing
+
+
 # --- scan and plan -------------------------------------------------------------------------------
 
 
 def test_a_scan_gives_the_numbers_of_a_naive_one_in_fewer_blocks(llama, tmp_path, monkeypatch):
     """Naive: every altered model runs whole."""
-    monkeypatch.setattr(scan_module, "RECALL_PROMPTS", {96: 2})
     model, tokenizer = load_model(str(llama)), load_tokenizer(str(llama))
     torch.manual_seed(0)
     ids = torch.randint(0, 700, (2, 128))
-    probes = scan_module.make_probes(model, tokenizer, ["kl", "recall"], ids, ids, [])
+    probes = scan_module.make_probes(model, tokenizer, ["kl", "recall"], ids, ids, {96: 2}, [])
 
     blocks = []
     run_block = model_module.Block.forward
@@ -1020,6 +1084,92 @@ def test_a_fingerprint_tells_weights_apart_and_not_their_precision(llama):
     assert mark(torch.float32) == mark(torch.bfloat16)
     ids, other = torch.tensor([1000]), torch.tensor([1001])
     assert scan_module.fingerprint(ids) != scan_module.fingerprint(other)  # ids are not rounded
+
+
+# --- the budget ----------------------------------------------------------------------------------
+
+SIZES = [1_000, 8_000, 20_000, 36_000, 100_000, 200_000, 500_000, 1_000_000, 10_000_000]
+
+
+def a_budget(tokens: int, n_layers: int = 30, reach: int = 8192, heads=0.5, **given) -> Budget:
+    return Budget(tokens, n_layers, reach, heads, ["kl", "recall"], **given)
+
+
+@pytest.mark.parametrize("n_layers,reach,heads", [(12, 1024, 0.25), (30, 8192, 0.5), (80, 2048, 1)])
+def test_every_part_keeps_to_its_share_and_grows_with_the_budget(n_layers, reach, heads):
+    budgets = [a_budget(tokens, n_layers, reach, heads) for tokens in SIZES]
+    smallest = budgets[0]
+    for budget in budgets:
+        for part, share in (("scan", 1 / 2), ("validation", 1 / 10), ("evaluation", 1 / 4)):
+            work = getattr(budget, part)
+            assert work <= max(share * budget.healing, getattr(smallest, part))
+        assert budget.watched <= budget.sequences
+        assert max(budget.recall_lengths) <= reach and max(budget.prompts) <= reach
+
+    for less, more in itertools.pairwise(budgets):
+        for name in ("calibration", "validations", "watched", "sequences", "passkeys", "total"):
+            assert getattr(less, name) <= getattr(more, name)
+        assert set(less.recall_lengths) <= set(more.recall_lengths)
+        assert sum(less.prompts.values()) <= sum(more.prompts.values())
+
+
+def test_a_large_budget_has_the_full_sizes_and_flags_win():
+    for n_layers in (12, 30, 80):
+        budget = a_budget(10_000_000, n_layers)
+        assert budget.calibration == (4, 2048) and budget.prompts == {512: 4, 1024: 2, 2048: 1}
+        assert (budget.validations, budget.watched) == (8, 8)
+        assert (budget.sequences, budget.passkeys) == (32, 20)
+        assert budget.recall_lengths == measure.RECALL_LENGTHS
+    budget = a_budget(1000, sequences=7, passkeys=15)
+    assert (budget.sequences, budget.passkeys) == (7, 15)
+    assert budget.recall_lengths == measure.RECALL_LENGTHS
+
+
+def test_work_by_hand():
+    """A scan of two layers: two passes of the base and trials of 2, 2, 1 and 1 half passes; a
+    validation of two, for which the teacher reads once."""
+    budget = a_budget(10_000, n_layers=2, heads=0.4)
+    assert budget.scan_work(1, 100, {512: 2}) == pytest.approx(100 * (5 + 5 * 0.1) + 1024 * 5)
+    assert budget.scan_work(1, 100, {}, first=1) == pytest.approx(100 * (3 + 3 * 0.1))
+    assert budget.validation_work(2, 3) == pytest.approx(3 * 3 * 1024 * 1.4)
+    assert budget.evaluation_work(2, 5, 512) == pytest.approx(3 * (2 * 1024 * 1.4 + 5 * 768))
+
+
+@pytest.mark.parametrize("validations,steps", [(2, {0, 66}), (4, {0, 10, 62, 66})])
+def test_validations_are_as_many_as_the_budget_has(validations, steps):
+    settings = distill.Healing(36_000, long_context=1024, validations=validations)
+    assert {step for step in range(67) if settings.validates(step)} == steps
+    for most in range(4, 9):
+        settings = distill.Healing(36_000, long_context=1024, validations=most)
+        assert sum(map(settings.validates, range(67))) == most
+
+
+def test_minutes_become_tokens_once(llama, text, tmp_path, monkeypatch, capsys):
+    """A repeated run reads the tokens, on a machine of another speed too, and finds its
+    checkpoint."""
+    flags = short_run(llama, text, tmp_path, "--plan", "SLX", "--minutes", "0.01")
+    flags[flags.index("--tokens") : flags.index("--tokens") + 2] = []
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layerboost, "save_model", stop)  # after healing
+    for rate in (1e4, 1e5):
+        monkeypatch.setattr(layerboost, "forward_rate", lambda model, rate=rate: rate)
+        assert layerboost.main(flags) == (2 if rate == 1e4 else 130)
+    assert (
+        "--minutes 0.01: too few for the smallest run on this machine; give 1 or more"
+        in capsys.readouterr().err
+    )
+
+    made = json.loads((tmp_path / "budget.json").read_text())
+    args = layerboost.parse_arguments([*flags, "--plan", "SLX"])
+    budget = make_budget(load_model(str(llama)), args, 512, 1.0)
+    assert budget.tokens == made["tokens"] and made["tokens"] % 512 == 0
+    assert 0.9 * 0.6 < budget.total / 1e5 <= 0.6
+    monkeypatch.setattr(layerboost, "forward_rate", lambda model: 1e9)
+    assert layerboost.main(flags) == 130
+    assert "resumed at" in capsys.readouterr().out
 
 
 # --- healing -------------------------------------------------------------------------------------
@@ -1324,12 +1474,13 @@ def test_kl_by_position_by_its_definition(llama, monkeypatch):
 
 
 @torch.inference_mode()
-def test_text_quality_by_its_definition(llama):
+def test_text_quality_by_its_definition(llama, monkeypatch):
     base, other, tokenizer = load_model(str(llama)), boosted(llama), load_tokenizer(str(llama))
     ids = torch.randint(0, 700, (3, 40))
     ids[0, 7] = tokenizer.added["<|endoftext|>"]
     models = {"base": base, "other": other}
-    report = measure.text_quality(models, base, tokenizer, ids, batch=2)
+    monkeypatch.setattr(measure, "TEXT_BATCH", 2)
+    report = measure.text_quality(models, base, tokenizer, ids)
     assert report["base"]["kl"] == 0 and report["base"]["agreement"] == 1
 
     figures = report["other"]
@@ -1344,6 +1495,28 @@ def test_text_quality_by_its_definition(llama):
     assert figures["kl"] == pytest.approx(float(kl), rel=1e-4)
     same = p.argmax(-1) == q.argmax(-1)
     assert figures["agreement"] == pytest.approx(float(same.float().mean()))
+
+
+def test_errors_by_their_definition():
+    """Of three sequences of four tokens, made by hand; bits per byte is a ratio of two sums."""
+    nll, kl, same = (torch.tensor(x).double() for x in ([3, 6, 9], [0, 4, 8], [4, 2, 3]))
+    sizes = torch.tensor([5.0, 10.0, 15.0]).double()
+    figures = measure.text_figures(torch.stack((nll, kl, same)), sizes, 4)
+    errors = figures["errors"]
+    assert figures["kl"] == 1 and errors["kl"] == pytest.approx(1 / 3**0.5)
+    assert figures["agreement"] == 0.75 and errors["agreement"] == pytest.approx(0.25 / 3**0.5)
+    assert errors["perplexity"] == pytest.approx(math.exp(2) / 3**0.5)
+    assert errors["bits_per_byte"] == pytest.approx(0)  # 0.6 nats a byte in each
+    sizes[0] = 10.0  # 18 nats in 35 bytes
+    left = torch.tensor([3 - 360 / 70, 6 - 360 / 70, 9 - 540 / 70]).double() / math.log(2)
+    errors = measure.text_figures(torch.stack((nll, kl, same)), sizes, 4)["errors"]
+    assert errors["bits_per_byte"] == pytest.approx(float(left.std()) / 3**0.5 / (35 / 3))
+    assert measure.standard_error(torch.ones(1)) == 0  # one sequence tells none
+
+    # One of two trials right leaves a share around 1/2 with the variance 1/20; many, p (1 - p) / n.
+    assert measure.share_error(0.5, 2) == pytest.approx(0.05**0.5)
+    assert measure.share_error(0.2, 10_000) == pytest.approx((0.2 * 0.8 / 10_000) ** 0.5, rel=1e-3)
+    assert measure.share_error(1.0, 5) > 0.1
 
 
 @torch.inference_mode()
@@ -1425,6 +1598,15 @@ def test_the_embedded_model_is_small_trained_and_uses_its_context(tiny):
     assert quality["bits_per_byte"] < 1.8
     recall = measure.passkey_recall(model, tokenizer, valid, (256, 512), count=2)
     assert min(recall.values()) >= 0.9
+
+
+def test_the_embedded_model_writes_its_suggested_prompt_on(tiny, capsys):
+    """With the flags as they are, most of its words are new; greedy text goes round in circles."""
+    args = layerboost.parse_arguments(["--prompt", "It was late in the evening when"])
+    layerboost.generate_text(*tiny[:2], args)
+    words = capsys.readouterr().out.split()
+    assert words[:3] == ["It", "was", "late"]
+    assert len(words) > 30 and len(set(words)) > 0.5 * len(words)
 
 
 def test_healing_brings_a_trained_model_back(tiny, tmp_path):
@@ -1550,9 +1732,12 @@ def test_the_whole_story(llama, text, tmp_path, capsys):
     task.write_text('{"query": "the key", "choices": ["of", "and"], "gold": 0}\n')
     flags = ["--keep", "1", "--drop", "1", "--tasks", str(task), "--measure", "kl+recall+task"]
     assert layerboost.main(short_run(llama, text, out, *flags)) == 0
-    printed = capsys.readouterr().out
-    for line in ("1. scan", "2. heal", "3. evaluate", "Plan:", "| perplexity"):
+    printed, errors = capsys.readouterr()
+    assert not errors  # where no terminal is, a bar is a line each half minute
+    for line in ("1. scan", "2. heal", "3. evaluate", "Plan:", "| perplexity", "The scan took"):
         assert line in printed
+    assert f"All on the first 2,048 tokens of {text}; ±" in printed
+    assert all(len(line) <= 100 for line in printed.splitlines() if line.startswith("|"))
     assert printed.index("3. evaluate") < printed.index("Plan:")  # said before it is done
 
     report = json.loads((out / "report.json").read_text())
@@ -1576,6 +1761,7 @@ def test_the_whole_story(llama, text, tmp_path, capsys):
 
 
 def test_a_second_plan_comes_from_the_same_scan(llama, text, tmp_path, capsys, monkeypatch):
+    """Also where it heals on other text."""
     first, second = tmp_path / "first", tmp_path / "second"
     flags = ["--measure", "kl", "--tokens", "1k"]
     assert layerboost.main(short_run(llama, text, first, *flags, "--keep", "1")) == 0
@@ -1583,9 +1769,13 @@ def test_a_second_plan_comes_from_the_same_scan(llama, text, tmp_path, capsys, m
     assert "dtype" not in scanned["identity"]  # it serves every precision
 
     monkeypatch.delattr(scan_module, "scan")  # nothing is scanned again
-    flags += ["--scan", str(first / "scan.json"), "--keep", "2"]
+    other = tmp_path / "other.txt"
+    other.write_text("the model of and key " * 200)
+    flags += ["--scan", str(first / "scan.json"), "--keep", "2", "--data", str(other)]
+    capsys.readouterr()
     assert layerboost.main(short_run(llama, text, second, *flags)) == 0
-    assert "Scan: read from" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Scan: read from" in printed and "was measured on other text than this run's" in printed
     report = json.loads((second / "report.json").read_text())
     assert report["scan"] == scanned["layers"] and report["plan"].count("S") == 2
 
@@ -1616,8 +1806,34 @@ def test_two_processes_scan_and_heal_as_one_does(llama, text, tmp_path):
         assert theirs == pytest.approx(ours, rel=1e-3)
 
 
+def test_a_text_file_alone_is_enough(llama, tmp_path):
+    """Its last twentieth is held out, or what the smallest evaluation needs."""
+    model, tokenizer = load_model(str(llama)), load_tokenizer(str(llama))
+    path, settings = tmp_path / "mine.txt", distill.Healing(tokens=10**6)
+    flags = ["--model", str(llama), "--data", str(path), "--sequences", "32"]
+    args = layerboost.parse_arguments(flags)
+    for sentences, tokens in ((400, 512), (6000, 3000)):
+        path.write_text(" ".join(f"This is sentence {i}." for i in range(sentences)))
+        whole = next(read_documents(str(path)))
+        train, valid = layerboost.read_text(args, tokenizer, model, settings)
+        assert tokens <= valid.numel() < 1.4 * tokens
+        assert tokenizer.decode(train[0]) == whole[: len(tokenizer.decode(train[0]))]
+        assert f" {sentences - 1}." not in tokenizer.decode(train.flatten())
+
+
+def test_the_end_of_the_text_is_held_out_in_whole_documents(llama):
+    tokenizer = load_tokenizer(str(llama))
+    documents = [f"{i} " * 500 for i in range(100, 200)]
+    train, valid = layerboost.hold_out(list(documents), tokenizer, 1)
+    assert train + valid[::-1] == documents and len(valid) == 5
+    whole = "".join(documents)
+    (begin,), (end,) = layerboost.hold_out([whole], tokenizer, 1)
+    assert begin + end == whole and len(end) == len(whole) // 20
+
+
 def test_without_validation_text_the_last_documents_are_held_out(llama, text):
-    args = layerboost.parse_arguments(["--model", str(llama), "--data", str(text)])
+    flags = ["--model", str(llama), "--data", str(text), "--sequences", "32"]
+    args = layerboost.parse_arguments(flags)
     tokenizer = load_tokenizer(str(llama))
     settings = distill.Healing(tokens=10**6)
     train, valid = layerboost.read_text(args, tokenizer, load_model(str(llama)), settings)

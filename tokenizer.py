@@ -65,6 +65,14 @@ class Tokenizer:
         longest_first = sorted(self.added, key=len, reverse=True)
         self.splitter = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the folder describes a chat format, as that of an instruct model does."""
+        config = self.path.with_name("tokenizer_config.json")
+        if config.exists() and read_json(config).get("chat_template"):
+            return True
+        return self.path.with_name("chat_template.jinja").exists()
+
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The ids of a text; `special=False` leaves out the prefix and suffix."""
         ids: list[int] = []
@@ -77,12 +85,17 @@ class Tokenizer:
             ids += self.encoding.encode_ordinary(piece)
         return self.prefix + ids + self.suffix if special else ids
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int] | Tensor) -> str:
+        """The text of ids [T], as list or tensor, or of a single one. Raises ValueError for several
+        rows."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def decode_bytes(self, ids: list[int]) -> bytes:
+    def decode_bytes(self, ids: list[int] | Tensor) -> bytes:
         """Ids beyond the vocabulary, which a padded head can name, decode to nothing."""
-        return b"".join(self.bytes.get(id, b"") for id in ids)
+        ids = torch.as_tensor(ids)
+        if ids.ndim > 1:
+            raise ValueError("decode: takes the ids of one text; give one row of them, as ids[0]")
+        return b"".join(self.bytes.get(id, b"") for id in ids.reshape(-1).tolist())
 
     def unsupported(self, what: str) -> InputError:
         return InputError(
@@ -186,8 +199,8 @@ def pack_sequences(
     int64, at most `tokens` tokens in all (rounded up to whole sequences). The rest is dropped."""
     wanted = math.inf if tokens is None else -(-tokens // context) * context
     ids: list[int] = []
-    options = {"desc": "reading text", "unit": "tok", "unit_scale": True, "leave": False}
-    with progress(total=tokens, **options) as bar:
+    desc = "reading text" if tokens is None else f"reading text, at most {tokens:,} tokens"
+    with progress(desc=desc, unit="tok", unit_scale=True) as bar:
         for text in documents:
             before = len(ids)
             ids += tokenizer.encode(text) + list(eos[:1])

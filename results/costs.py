@@ -65,19 +65,19 @@ def scan_cost(args) -> dict:
     """The scan's own measures, on less text than it takes by default."""
     model = load_model(args.model, dtype=getattr(torch, args.dtype))
     tokenizer = load_tokenizer(args.model)
-    scan.RECALL_PROMPTS = {768: 1}
+    prompts = {768: 1}
     ids = torch.randint(100, model.config.vocab_size - 100, (1, 1024))
     tiers = {"window": 64, "sinks": 4, "feature_map": "hedgehog"}
 
     def ours() -> list[dict]:
-        probes = scan.make_probes(model, tokenizer, ["kl", "recall"], ids, ids, [])
+        probes = scan.make_probes(model, tokenizer, ["kl", "recall"], ids, ids, prompts, [])
         with tempfile.TemporaryDirectory() as folder:
             return scan.scan(model, probes, tiers, Path(folder) / "scan.json", {}, [])
 
     @torch.inference_mode()
     def naive() -> list[dict]:
         n = len(model.layers)
-        probes = scan.make_probes(model, tokenizer, ["kl", "recall"], ids, ids, [])
+        probes = scan.make_probes(model, tokenizer, ["kl", "recall"], ids, ids, prompts, [])
         layers = []
         for i in range(n):
             row = {}

@@ -1,0 +1,170 @@
+"""What a run may cost. --tokens says how much the model is healed on, and so how much the scan, the
+validation and the evaluation may take:
+
+    scan          at most a half of healing's work
+    validation    at most a tenth
+    evaluation    at most a quarter
+
+or their smallest useful forms. Each has a ladder of sizes, takes the last rung that its share
+allows, and the first in any case. --minutes finds the tokens with which all of that takes so long.
+
+Work is counted, so that a run repeats on any machine: a token through all layers is 1. A token that
+is healed on is 5 (the teacher; the student, forward and back). A trial of the scan runs the layers
+from its own on, (n - i) / n. Where text is judged, the output head of both models comes on top, by
+its size.
+"""
+
+import bisect
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from hub import read_json, require, write_json
+from machine import is_main_process, rank_and_world
+from measure import RECALL_DEPTHS, RECALL_LENGTHS
+from model import Model
+from report import CONTEXT
+
+HEALING = 5  # the work of a token that is healed on
+DECODING = 7_000  # the work of timing three models as they decode; it grows with nothing
+LEAST_STEPS = 8  # of healing, that --minutes has room for
+
+FULL_RECALL = {512: 4, 1024: 2, 2048: 1}  # prompts by their length
+
+# Sequences, the tokens of each, prompts of the recall measure.
+SCANS = (
+    (1, 1024, {512: 2}),
+    (2, 1024, {512: 2, 1024: 1}),
+    (2, 2048, FULL_RECALL),
+    (3, 2048, FULL_RECALL),
+    (4, 2048, FULL_RECALL),
+)
+
+# How many, on how many sequences.
+VALIDATIONS = (2, 1), (4, 1), (6, 2), (8, 4), (8, 6), (8, 8)
+
+# Sequences, passkeys at each length, the greatest length.
+EVALUATIONS = (2, 5, 512), (2, 5, 1024), (4, 5, 1024), (8, 5, 2048), (16, 10, 2048), (32, 20, 2048)
+
+
+@dataclass
+class Budget:
+    """The sizes of a run that heals on `tokens` tokens, and the work of its parts: scan, healing,
+    validation, evaluation. `sequences` and `passkeys` that are given stay as they are."""
+
+    tokens: int
+    n_layers: int
+    reach: int  # positions of the model
+    heads: float  # the work of two output heads on a token
+    measures: list[str]  # of the scan
+    scans: bool = True  # False where the plan, or a scan, is given
+    sequences: int | None = None  # to evaluate on
+    passkeys: int | None = None  # at each of `recall_lengths`
+
+    def __post_init__(self):
+        self.context = min(CONTEXT, self.reach)  # tokens of a sequence to evaluate on
+        self.healing = HEALING * self.tokens
+
+        self.scan_size = climb(SCANS, self.scan_work, self.healing / 2)
+        self.scan = self.scan_work(*self.scan_size) if self.scans else 0.0
+        scan_sequences, scan_context, prompts = self.scan_size
+        self.calibration = (scan_sequences, min(scan_context, self.reach))  # [N, T]
+        self.prompts = self.within_reach(prompts)
+
+        validation = climb(VALIDATIONS, self.validation_work, self.healing / 10)
+        self.validation = self.validation_work(*validation)
+        self.validations, self.watched = validation
+
+        farthest = max(RECALL_LENGTHS)
+        rungs = [
+            (self.sequences or count, self.passkeys or keys, farthest if self.passkeys else longest)
+            for count, keys, longest in EVALUATIONS
+        ]
+        evaluation = climb(rungs, self.evaluation_work, self.healing / 4)
+        self.evaluation = self.evaluation_work(*evaluation)
+        self.sequences, self.passkeys, longest = evaluation
+        self.recall_lengths = self.lengths_to(longest)
+
+    @property
+    def total(self) -> float:
+        return self.scan + self.healing + self.validation + self.evaluation + DECODING
+
+    def scan_work(self, sequences: int, context: int, prompts: dict, first: int = 0) -> float:
+        """Of the layers from `first` on: two passes of the base, two trials a layer. Every fourth
+        position is judged."""
+        n = self.n_layers
+        passes = 2 + sum(2 * (n - i) / n for i in range(first, n))
+        judging = (1 + 2 * (n - first)) * self.heads / 4
+        work = 0.0
+        if "kl" in self.measures:
+            work += sequences * min(context, self.reach) * (passes + judging)
+        if "recall" in self.measures:
+            prompts = self.within_reach(prompts)
+            work += sum(length * count for length, count in prompts.items()) * passes
+        return work
+
+    def validation_work(self, count: int, sequences: int) -> float:
+        """The teacher reads the sequences once, the student each time."""
+        return (count + 1) * sequences * self.context * (1 + self.heads)
+
+    def evaluation_work(self, sequences: int, passkeys: int, longest: int) -> float:
+        """Of three models, in one process while the others wait."""
+        prompts = max(1, passkeys // len(RECALL_DEPTHS)) * len(RECALL_DEPTHS)
+        text = sequences * self.context * (1 + self.heads)
+        return 3 * (text + prompts * sum(self.lengths_to(longest))) * rank_and_world()[1]
+
+    def within_reach(self, prompts: dict[int, int]) -> dict[int, int]:
+        return {length: count for length, count in prompts.items() if length <= self.reach}
+
+    def lengths_to(self, longest: int) -> tuple[int, ...]:
+        return tuple(length for length in RECALL_LENGTHS if length <= min(longest, self.reach))
+
+
+def climb(rungs, work, limit: float):
+    """The last rung whose work is within the limit; the first in any case."""
+    fitting = [rung for rung in rungs if work(*rung) <= limit]
+    return fitting[-1] if fitting else rungs[0]
+
+
+def make_budget(model: Model, args, step: int, rate: float) -> Budget:
+    """The budget of --tokens, or of --minutes at `rate` tokens a second: then OUT/budget.json keeps
+    the tokens for when the run is repeated. step: tokens of a step of healing. Raises InputError
+    for too few minutes."""
+    blocks = sum(parameter.numel() for parameter in model.layers.parameters())
+    shape = {
+        "n_layers": len(model.layers),
+        "reach": model.config.max_position_embeddings,
+        "heads": 2 * model.head.numel() / blocks,
+        "measures": args.measure,
+        "scans": not (args.plan or args.scan),
+        "sequences": args.sequences,
+        "passkeys": args.passkeys,
+    }
+    if args.minutes is None:
+        return Budget(args.tokens, **shape)
+
+    path = Path(args.out) / "budget.json"
+    made = read_json(path) if path.exists() else {}
+    if made.get("minutes") != args.minutes:
+        tokens = tokens_in(args.minutes, rate, step, shape)
+        made = {"minutes": args.minutes, "tokens": tokens, "forward_tokens_per_second": rate}
+        if is_main_process():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, made)
+    return Budget(made["tokens"], **shape)
+
+
+def tokens_in(minutes: float, rate: float, step: int, shape: dict) -> int:
+    """To heal on in whole steps, so that the run of this shape takes at most so many minutes."""
+
+    def needed(tokens: int) -> float:
+        return Budget(tokens, **shape).total / rate / 60
+
+    choices = range(LEAST_STEPS * step, 10**10, step)
+    fitting = bisect.bisect_right(choices, minutes, key=needed)
+    require(
+        fitting,
+        f"--minutes {minutes:g}: too few for the smallest run on this machine; "
+        f"give {math.ceil(needed(choices[0]))} or more",
+    )
+    return choices[fitting - 1]

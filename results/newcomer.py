@@ -1,0 +1,83 @@
+"""A newcomer's first hour, as a script: what issue reports called "your model, your text".
+
+    python results/newcomer.py MODEL OUT.txt [--minutes 10]
+
+Clones this repository, sets up an empty environment as README says, and then does, with a text of
+300 kB in one .txt file: the first command; --help, a mistyped flag and the import, timed beside
+torch's own import; the model healed on the text within --minutes, piped into a file, after a run
+that Ctrl-C stops; a prompt; a scan that was made on other text. Every command, its end and its time
+go to OUT.txt.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SHOWN = 25  # lines of the end of each output
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", help="a folder in the Hub's layout")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--text", type=Path, required=True, help="a .txt file of about 300 kB")
+    parser.add_argument("--minutes", default="10")
+    args = parser.parse_args()
+
+    work = Path(tempfile.mkdtemp())
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(work / "clone")], check=True)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    (work / "model").symlink_to(Path(args.model).resolve())
+    (work / "mine.txt").write_bytes(args.text.read_bytes())
+    log = args.out.open("w")
+
+    def do(command: str, stop_after: float | None = None) -> None:
+        """Runs a command in the clone; its output is piped. Sends Ctrl-C after some seconds."""
+        start = time.monotonic()
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec {command}"],
+            cwd=work / "clone",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=stop_after)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGINT)
+            output, _ = process.communicate()
+        seconds = time.monotonic() - start
+        lines = output.replace(str(work), "..").splitlines()
+        hidden = [f"... {len(lines) - SHOWN} lines"] if len(lines) > SHOWN else []
+        end = "\n".join(hidden + lines[-SHOWN:])
+        log.write(f"$ {command}\n{end}\n[{seconds:.1f} s, exit {process.returncode}]\n\n")
+        log.flush()
+
+    python = ".venv/bin/python"
+    do(f"{sys.executable} -m venv .venv")
+    do(".venv/bin/pip install -q -r requirements.txt -c constraints.txt")
+    do(f"{python} -c 'import torch'")
+    do(f"{python} -c 'import torch'")
+    do(f"{python} -c 'import model'")
+    do(f"{python} layerboost.py --help")
+    do(f"{python} layerboost.py --tokns 8k")
+    do(f"{python} layerboost.py")
+    do(f"{python} layerboost.py --model ../model --data ../mine.txt --tokens 8M --encoding ascii")
+    boost = f"{python} layerboost.py --model ../model --data ../mine.txt"
+    do(f"{boost} --minutes {args.minutes} --out out/mine", stop_after=45)
+    do(f"{boost} --minutes {args.minutes} --out out/mine")
+    do(f'{python} layerboost.py --model out/mine --prompt "The capital of France is"')
+    do(f'{python} layerboost.py --model ../model --prompt "What is the capital of France?"')
+    do(f"{boost} --scan results/smollm2-200k/scan.json --tokens 8k --out out/scanned", 40)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
