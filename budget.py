@@ -2,6 +2,7 @@
 validation and the evaluation may take:
 
     scan          at most a half of healing's work
+    linear maps   at most a tenth, in the scan and before healing
     validation    at most a tenth
     evaluation    at most a quarter
 
@@ -40,6 +41,9 @@ SCANS = (
     (4, 2048, FULL_RECALL),
 )
 
+# Tokens that a map is fitted on, for each of its inputs.
+FITS = (4, 8, 16, 28)
+
 # How many, on how many sequences.
 VALIDATIONS = (2, 1), (4, 1), (6, 2), (8, 4), (8, 6), (8, 8)
 
@@ -58,6 +62,7 @@ class Budget:
     heads: float  # the work of two output heads on a token
     measures: list[str]  # of the scan
     scans: bool = True  # False where the plan, or a scan, is given
+    inputs: int = 0  # of the linear maps, 0 where none are fitted
     sequences: int | None = None  # to evaluate on
     passkeys: int | None = None  # at each of `recall_lengths`
 
@@ -70,6 +75,10 @@ class Budget:
         scan_sequences, scan_context, prompts = self.scan_size
         self.calibration = (scan_sequences, min(scan_context, self.reach))  # [N, T]
         self.prompts = self.within_reach(prompts)
+
+        # A pass of the base in the scan; later one of the base and one of the converted model.
+        rungs = [(times * self.inputs,) for times in FITS]
+        (self.fitting,) = climb(rungs, lambda tokens: 3 * tokens, self.healing / 10)
 
         validation = climb(VALIDATIONS, self.validation_work, self.healing / 10)
         self.validation = self.validation_work(*validation)
@@ -87,7 +96,8 @@ class Budget:
 
     @property
     def total(self) -> float:
-        return self.scan + self.healing + self.validation + self.evaluation + DECODING
+        parts = self.scan, self.healing, 3 * self.fitting, self.validation, self.evaluation
+        return sum(parts) + DECODING
 
     def scan_work(self, sequences: int, context: int, prompts: dict, first: int = 0) -> float:
         """Of the layers from `first` on: two passes of the base, two trials a layer. Every fourth
@@ -120,6 +130,11 @@ class Budget:
         return tuple(length for length in RECALL_LENGTHS if length <= min(longest, self.reach))
 
 
+def fits_maps(args) -> bool:
+    """Whether a run may have an X layer with a linear map, or scans for one."""
+    return args.removed == "linear" and (args.plan is None or "X" in args.plan)
+
+
 def climb(rungs, work, limit: float):
     """The last rung whose work is within the limit; the first in any case."""
     fitting = [rung for rung in rungs if work(*rung) <= limit]
@@ -137,6 +152,7 @@ def make_budget(model: Model, args, step: int, rate: float) -> Budget:
         "heads": 2 * model.head.numel() / blocks,
         "measures": args.measure,
         "scans": not (args.plan or args.scan),
+        "inputs": model.config.hidden_size if fits_maps(args) else 0,
         "sequences": args.sequences,
         "passkeys": args.passkeys,
     }

@@ -66,6 +66,12 @@ def fit_map(theirs: Block, ours: Block, their_stream, our_stream, rotary) -> Non
     ours.self_attn.map.bias.copy_(bias)
 
 
+def copy_maps(source: Model, target: Model) -> None:
+    for name, parameter in source.named_parameters():
+        if ".self_attn.map." in name:
+            target.get_parameter(name).data.copy_(parameter)
+
+
 @torch.inference_mode()
 def fit_maps(original: Model, altered: Model, ids: Tensor) -> None:
     """Fits the maps of all X layers, in place, on text ids [N, T]."""
@@ -73,7 +79,7 @@ def fit_maps(original: Model, altered: Model, ids: Tensor) -> None:
     our_stream = their_stream
     rotary = original.rotary(ids.shape[1])
     last = altered.plan.rindex("X")
-    for i in progress(range(last + 1), desc="fitting maps", unit="layer", leave=False):
+    for i in progress(range(last + 1), desc="fitting maps"):
         if altered.plan[i] == "X":
             fit_map(original.layers[i], altered.layers[i], their_stream, our_stream, rotary)
         our_stream = [altered.run_layers(x, i, i + 1) for x in our_stream]

@@ -16,6 +16,7 @@ Healing distils the original back into the converted model. `boost` tells this s
 
 import argparse
 import codecs
+import math
 import os
 import sys
 import time
@@ -29,7 +30,9 @@ import cpu
 import report
 import scan
 from budget import DECODING, SCANS, Budget, make_budget
+from config import REMOVED
 from distill import Healing, heal, healed_tokens, tail_names
+from fit import copy_maps, fit_maps
 from hub import C4, InputError, find_model, read_documents, read_json, require
 from kernels import FEATURE_MAPS
 from machine import (
@@ -76,7 +79,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     """Scan, plan, convert, heal, evaluate, report and save: all into args.out."""
     started = time.monotonic()
     out = Path(args.out)
-    tiers = {"window": args.window, "sinks": args.sinks, "feature_map": args.feature_map}
+    tiers = {name: getattr(args, name) for name in ("window", "sinks", "feature_map", "removed")}
     check_arguments(model, source, tiers, args)
     tasks = read_tasks(args.tasks)
 
@@ -88,7 +91,8 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     train, valid = read_text(args, tokenizer, model, settings)
 
     # Scan and plan.
-    layers = scan_layers(model, tokenizer, train, tiers, settings, budget, rate, args)
+    fitting = fitting_text(train, budget)
+    layers = scan_layers(model, tokenizer, train, fitting, tiers, settings, budget, rate, args)
     plan = args.plan
     if plan is None:
         costs = scan.costs_of(layers, args.measure)
@@ -99,6 +103,9 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     # Convert. `converted` keeps untrained tails of its own; the student's are trained.
     converted = convert(model, plan, **tiers)
     student = convert(model, plan, **tiers)
+    if "X" in plan and args.removed == "linear":
+        fit_maps(model, converted, fitting)
+        copy_maps(converted, student)
     student.recompute = args.activation_checkpointing
 
     # Heal.
@@ -184,7 +191,7 @@ def healing_settings(model: Model, budget: Budget, args) -> Healing:
 
 
 def scan_layers(
-    model: Model, tokenizer: Tokenizer, train: Tensor, tiers: dict, settings, budget, rate, args
+    model: Model, tokenizer: Tokenizer, train, fitting, tiers: dict, settings, budget, rate, args
 ) -> list[dict]:
     """The damage of each layer by tier, read from a scan made before, measured, or both; nothing is
     scanned where the plan is stated. Says first what the whole run will do."""
@@ -224,12 +231,20 @@ def scan_layers(
     probes = scan.make_probes(
         model, tokenizer, args.measure, calibration, train, budget.prompts, args.tasks
     )
-    layers = scan.scan(model, probes, tiers, path, same, layers)
+    layers = scan.scan(model, probes, tiers, path, same, layers, fitting)
     seconds = time.monotonic() - start
     if work:
         left = (budget.total - budget.scan) * seconds / work
         say(f"The scan took {clock(seconds)}; by its speed the rest takes about {clock(left)}.\n")
     return layers
+
+
+def fitting_text(train: Tensor, budget: Budget) -> Tensor:
+    """Training sequences that linear maps are fitted on, after those that the scan judges them on
+    where there are enough."""
+    count = min(max(1, budget.fitting // train.shape[1]), len(train))
+    first = math.prod(budget.calibration) // train.shape[1] + 1
+    return train[min(first, len(train) - count) :][:count]
 
 
 def read_text(args, tokenizer: Tokenizer, model: Model, settings: Healing) -> tuple[Tensor, Tensor]:
@@ -431,6 +446,11 @@ FLAGS = {
         "drop": (at_least(0), None, "layers whose attention is removed, at a cost in quality [0]"),
         "planner": (tuple(scan.PLANNERS), "tier", "tier: least damage; paper: bands by X"),
         "plan": (str, None, "this one: S, L or X for each layer, or uniform:L [scan and plan]"),
+        "removed": (
+            REMOVED,
+            "linear",
+            "what stands where attention is removed: a fitted map or nothing",
+        ),
         "measure": (measure_names, "kl+recall", "damage: kl, recall, task or a sum"),
         "scan": (
             str,

@@ -144,6 +144,7 @@ def write_report(
     `evaluate` gives for base, converted and healed, `layers` the scan."""
     healed, converted = report["healed"], report["converted"]
     plan = healed["plan"]
+    instead = "a linear map instead" if args.removed == "linear" else "no attention"
     validation = ", ".join(f"{kl:.3f} at {tokens:,}" for tokens, kl in curve["valid"])
     sequences, context = healed["text"]
     watched = curve["sequences"] * context
@@ -153,7 +154,7 @@ def write_report(
 
 Plan `{plan}`: of {len(plan)} layers, {plan.count("S")} keep softmax attention (S),
 {plan.count("L")} see a window of {args.window} tokens, the first {args.sinks} and a
-linear-attention summary of the rest (L), {plan.count("X")} have no attention (X). Healed on
+linear-attention summary of the rest (L), {plan.count("X")} have {instead} (X). Healed on
 {settings.trained_tokens:,} tokens.
 
 {table(report)}

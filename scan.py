@@ -1,8 +1,9 @@
 """The scan and the plan: how much each layer suffers when its attention is changed, and which tier
 each layer gets.
 
-For each layer alone, X (attention removed) and L (sliding-window linear attention) are tried, and
-the damage against the untouched model is measured by
+For each layer alone, X (attention removed, a linear map or nothing in its place) and L
+(sliding-window linear attention) are tried, and the damage against the untouched model is measured
+by
 
     kl       KL(base || altered) on calibration text, in nats a token
     recall   the drop in the log-probability of a passkey hidden in long text, in nats
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fit import BATCH, fit_map
 from hub import read_json, require, write_json
 from machine import Diverged, gather, progress, rank_and_world, say
 from measure import (
@@ -152,13 +154,20 @@ def make_probes(
 
 @torch.inference_mode()
 def scan(
-    model: Model, probes: list[Probe], tiers: dict, path: Path, identity: dict, layers: list[dict]
+    model: Model,
+    probes: list[Probe],
+    tiers: dict,
+    path: Path,
+    identity: dict,
+    layers: list[dict],
+    fitting: Tensor | None = None,
 ) -> list[dict]:
     """Changes each layer alone to X and to L: [{"X": {column: damage}, "L": ...} per layer],
     several trials at a time under torchrun.
 
-    tiers: the settings of L. Goes on after the trials in `layers`, which an earlier run has made,
-    and writes all of them to `path` after each. Raises Diverged for damage that is not finite.
+    tiers: the settings of L and X; fitting: ids [N, T] that the linear maps of X are fitted on.
+    Goes on after the trials in `layers`, which an earlier run has made, and writes all of them to
+    `path` after each. Raises Diverged for damage that is not finite.
     """
     n = len(model.layers)
     altered = {tier: convert(model, tier * n, **tiers) for tier in "XL"}  # a trial takes a block
@@ -169,15 +178,24 @@ def scan(
 
     layers = [dict(row) for row in layers] + [{} for _ in range(n - len(layers))]
     streams = [[model.embed_tokens(ids) for ids in probe.batches] for probe in probes]
+    fitted = []  # the stream on which maps are fitted
+    if fitting is not None and tiers.get("removed") == "linear":
+        fitted = [model.embed_tokens(ids) for ids in fitting.to(model.device).split(BATCH)]
+        rotary = model.rotary(fitting.shape[1])
     entered = 0  # the layer that the streams enter
     tokens = sum(ids.numel() for probe in probes for ids in probe.batches)
-    blocks = max(own, default=(0, ""))[0] + sum(n - i for i, _ in own)
+    last = max(own, default=(0, ""))[0]
+    blocks = last + sum(n - i for i, _ in own)
+    work = blocks * tokens + last * sum(x.shape[:2].numel() for x in fitted)
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-    with progress(total=blocks * tokens, desc="scanning", bar_format=bar_format) as bar:
+    with progress(total=work, desc="scanning", bar_format=bar_format) as bar:
         for i, tier in own + [(n, "")] * idle:
             columns = {}
             streams = [advance(model, stream, entered, i, bar) for stream in streams]
+            fitted = advance(model, fitted, entered, i, bar)
             entered = i
+            if tier == "X" and fitted:
+                fit_map(model.layers[i], altered[tier].layers[i], fitted, fitted, rotary)
             for probe, stream in zip(probes, streams if tier else ()):
                 changed = advance(altered[tier], stream, i, i + 1, bar)
                 ends = advance(model, changed, i + 1, n, bar)
@@ -227,7 +245,7 @@ def check_scan(path: Path, identity: dict, measures: list[str], n: int) -> list[
         f"this run has {'+'.join(measures)}; {again}",
     )
     for key, value in identity.items():
-        before = made["identity"].get(key)
+        before = made["identity"].get(key, {"removed": "nothing"}.get(key))
         require(
             key == "data" or before == value or (key == "sizes" and not unfinished),
             f"{path}: was measured with {key} {before}, this run has {value}; {again}",
