@@ -47,6 +47,8 @@ def main() -> int:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # A script that runs in the background ignores Ctrl-C, and its children with it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             output, _ = process.communicate(timeout=stop_after)
