@@ -2,12 +2,12 @@
 validation and the evaluation may take:
 
     scan          at most a half of healing's work
-    linear maps   at most a tenth, in the scan and before healing
     validation    at most a tenth
     evaluation    at most a quarter
 
 or their smallest useful forms. Each has a ladder of sizes, takes the last rung that its share
-allows, and the first in any case. --minutes finds the tokens with which all of that takes so long.
+allows, and the first in any case. Linear maps (fit.py) take a fixed amount, since on less text they
+do harm. --minutes finds the tokens with which all of that takes so long.
 
 Work is counted, so that a run repeats on any machine: a token through all layers is 1. A token that
 is healed on is 5 (the teacher; the student, forward and back). A trial of the scan runs the layers
@@ -41,8 +41,7 @@ SCANS = (
     (4, 2048, FULL_RECALL),
 )
 
-# Tokens that a map is fitted on, for each of its inputs.
-FITS = (4, 8, 16, 28)
+FITTED = 28  # tokens that linear maps are fitted on, for each of their inputs
 
 # How many, on how many sequences.
 VALIDATIONS = (2, 1), (4, 1), (6, 2), (8, 4), (8, 6), (8, 8)
@@ -77,8 +76,8 @@ class Budget:
         self.prompts = self.within_reach(prompts)
 
         # A pass of the base in the scan; later one of the base and one of the converted model.
-        rungs = [(times * self.inputs,) for times in FITS]
-        (self.fitting,) = climb(rungs, lambda tokens: 3 * tokens, self.healing / 10)
+        self.fitting = FITTED * self.inputs
+        self.maps = 3 * self.fitting
 
         validation = climb(VALIDATIONS, self.validation_work, self.healing / 10)
         self.validation = self.validation_work(*validation)
@@ -96,7 +95,7 @@ class Budget:
 
     @property
     def total(self) -> float:
-        parts = self.scan, self.healing, 3 * self.fitting, self.validation, self.evaluation
+        parts = self.scan, self.healing, self.maps, self.validation, self.evaluation
         return sum(parts) + DECODING
 
     def scan_work(self, sequences: int, context: int, prompts: dict, first: int = 0) -> float:

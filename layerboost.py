@@ -448,7 +448,7 @@ FLAGS = {
         "plan": (str, None, "this one: S, L or X for each layer, or uniform:L [scan and plan]"),
         "removed": (
             REMOVED,
-            "linear",
+            "nothing",
             "what stands where attention is removed: a fitted map or nothing",
         ),
         "measure": (measure_names, "kl+recall", "damage: kl, recall, task or a sum"),

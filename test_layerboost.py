@@ -16,6 +16,7 @@ import math
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -1000,6 +1001,14 @@ def test_the_python_of_readme_runs_as_it_stands_there(llama, capsys):
     assert '"tiny"' in snippet
     exec(textwrap.dedent(snippet).replace('"tiny"', repr(str(llama))), {})
     assert capsys.readouterr().out.startswith("It was late in the evening when")
+
+
+def test_the_commands_of_readme_have_flags_that_exist():
+    commands = re.findall(r"(layerboost|bench|report)\.py (\S.*?)(?:`|$)", README, re.M)
+    assert {name for name, _ in commands} >= {"layerboost", "bench"}
+    programs = {"layerboost": layerboost, "bench": bench, "report": report_module}
+    for name, flags in commands:
+        programs[name].parse_arguments(shlex.split(flags))  # ends the test where one is wrong
 
 
 def test_what_readme_names_is_there():

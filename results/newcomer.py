@@ -57,7 +57,8 @@ def main() -> int:
             output, _ = process.communicate()
         seconds = time.monotonic() - start
         lines = output.replace(str(work), "..").splitlines()
-        hidden = [f"... {len(lines) - SHOWN} lines"] if len(lines) > SHOWN else []
+        told = [line for line in lines[:-SHOWN] if "about" in line or "resumed" in line]
+        hidden = [f"... {len(lines) - SHOWN} lines; of these:", *told] if lines[:-SHOWN] else []
         end = "\n".join(hidden + lines[-SHOWN:])
         log.write(f"$ {command}\n{end}\n[{seconds:.1f} s, exit {process.returncode}]\n\n")
         log.flush()
