@@ -446,11 +446,7 @@ FLAGS = {
         "drop": (at_least(0), None, "layers whose attention is removed, at a cost in quality [0]"),
         "planner": (tuple(scan.PLANNERS), "tier", "tier: least damage; paper: bands by X"),
         "plan": (str, None, "this one: S, L or X for each layer, or uniform:L [scan and plan]"),
-        "removed": (
-            REMOVED,
-            "nothing",
-            "what stands where attention is removed: a fitted map or nothing",
-        ),
+        "removed": (REMOVED, "linear", "in place of removed attention: a fitted map, or nothing"),
         "measure": (measure_names, "kl+recall", "damage: kl, recall, task or a sum"),
         "scan": (
             str,

@@ -78,7 +78,10 @@ def main() -> int:
     do(f"{boost} --minutes {args.minutes} --out out/mine")
     do(f'{python} layerboost.py --model out/mine --prompt "The capital of France is"')
     do(f'{python} layerboost.py --model ../model --prompt "What is the capital of France?"')
-    do(f"{boost} --scan results/smollm2-200k/scan.json --tokens 8k --out out/scanned", 40)
+    do(
+        f"{boost} --scan results/smollm2-200k/scan.json --removed nothing --tokens 8k --out out/scanned",
+        40,
+    )
     return 0
 
 
