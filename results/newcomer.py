@@ -78,10 +78,8 @@ def main() -> int:
     do(f"{boost} --minutes {args.minutes} --out out/mine")
     do(f'{python} layerboost.py --model out/mine --prompt "The capital of France is"')
     do(f'{python} layerboost.py --model ../model --prompt "What is the capital of France?"')
-    do(
-        f"{boost} --scan results/smollm2-200k/scan.json --removed nothing --tokens 8k --out out/scanned",
-        40,
-    )
+    scan = "--scan results/smollm2-200k/scan.json --removed nothing"
+    do(f"{boost} {scan} --tokens 8k --out out/scanned")
     return 0
 
 
