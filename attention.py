@@ -289,8 +289,6 @@ class WindowLinearAttention(SoftmaxAttention):
         token that is no padding."""
         window, sinks, tokens = cache.window, cache.sinks, query.shape[2]
         ring = torch.arange(window, device=key.device)
-        if new is None:
-            new = torch.full_like(positions, tokens)
 
         # The window before the first query, oldest token first, then the new tokens.
         before = across_heads(cache.slot(positions[:, None] - window + ring), key)  # (B, G, w, D)
@@ -299,7 +297,8 @@ class WindowLinearAttention(SoftmaxAttention):
 
         # Sinks among the new tokens.
         offset = torch.arange(sinks, device=key.device) - positions[:, None]  # (B, s)
-        is_new = ((offset >= 0) & (offset < new[:, None]))[:, None, :, None]
+        end = tokens if new is None else new[:, None]
+        is_new = ((offset >= 0) & (offset < end))[:, None, :, None]
         offset = across_heads(offset.clamp(0, tokens - 1), key)
         sink_key = cache.key[:, :, :sinks]
         sink_value = cache.value[:, :, :sinks]
@@ -309,14 +308,15 @@ class WindowLinearAttention(SoftmaxAttention):
         past = Past(positions, sink_key, sink_value, cache.state, cache.norm)
         out, phi_key = self.continue_from(past, query, keys, values)
         if self.has_tail:
-            real = torch.arange(tokens, device=key.device) < new[:, None]
-            phi_key = phi_key * real[:, None, :, None]
+            if new is not None:
+                real = torch.arange(tokens, device=key.device) < end
+                phi_key = phi_key * real[:, None, :, None]
             cache.state += phi_key.mT @ values[:, :, :tokens].float()
             cache.norm += phi_key.sum(2)
 
         # The window after the last token.
-        last = across_heads(new[:, None] + ring, key)
-        after = across_heads(cache.slot(positions[:, None] + new[:, None] - window + ring), key)
+        last = across_heads((end + ring).expand(len(key), -1), key)
+        after = across_heads(cache.slot(positions[:, None] + end - window + ring), key)
         cache.key.scatter_(2, after, keys.gather(2, last))
         cache.value.scatter_(2, after, values.gather(2, last))
         return out

@@ -272,13 +272,14 @@ def prefill(model: Model, prompts: list[Tensor], cache: Cache, block=None):
     ids = F.pad(ids, (0, padded(ids.shape[1], ids.device) - ids.shape[1]))
 
     sequence = torch.arange(len(prompts), device=model.device)
+    is_padded = ids.shape[1] > min(map(len, prompts))
     read = 0
     for chunk in ids.split(chunk_tokens(model.device), dim=1):
         tokens = chunk.shape[1]
         cache.resize(read + tokens)
         new = (lengths - read).clamp(max=tokens)
         x = model.embed_tokens(chunk)
-        x = model.run_layers(x, 0, len(model.layers), cache, new, block)
+        x = model.run_layers(x, 0, len(model.layers), cache, new if is_padded else None, block)
         cache.positions += new
         read += tokens
         yield model.norm(x[sequence, new - 1]), read == ids.shape[1]

@@ -133,10 +133,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     report.write_report(figures, curve, settings, args, layers, time.monotonic() - started)
     for name in ("base", "healed"):
         say(f"{name + ' goes on:':17}" + report.continuation(models[name], tokenizer, valid))
-    prompt = "It was late in the evening when" if args.model == str(TINY) else "The history of"
-    say(f'\nSaved to {out}. Try: python layerboost.py --model {out} --prompt "{prompt}"')
-    if args.model == str(TINY):
-        say(NEXT_STEPS)
+    say_what_next(args)
 
 
 def check_arguments(model: Model, source: Path, tiers: dict, args) -> None:
@@ -380,6 +377,14 @@ def kept(args) -> str:
     if (path := out / "evaluation.json").exists():
         parts.append(f"{', '.join(read_json(path))} in {path}")
     return f"; kept: {'; '.join(parts) or 'nothing yet'}"
+
+
+def say_what_next(args) -> None:
+    is_tiny = args.model == str(TINY)
+    prompt = "It was late in the evening when" if is_tiny else "The history of"
+    say(f'\nSaved to {args.out}. Try: python layerboost.py --model {args.out} --prompt "{prompt}"')
+    if is_tiny:
+        say(NEXT_STEPS)
 
 
 def generate_text(model: Model, tokenizer: Tokenizer, args) -> None:

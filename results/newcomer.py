@@ -11,6 +11,7 @@ go to OUT.txt.
 
 import argparse
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -80,6 +81,8 @@ def main() -> int:
     do(f'{python} layerboost.py --model ../model --prompt "What is the capital of France?"')
     scan = "--scan results/smollm2-200k/scan.json --removed nothing"
     do(f"{boost} {scan} --tokens 8k --out out/scanned")
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    log.write(f"peak memory of the largest command: {peak:.1f} GiB\n")
     return 0
 
 
