@@ -66,7 +66,7 @@ def main() -> int:
 
     python = ".venv/bin/python"
     do(f"{sys.executable} -m venv .venv")
-    do(".venv/bin/pip install -q -r requirements.txt -c constraints.txt")
+    do(".venv/bin/pip install -q -r requirements.txt -c constraints.txt 2> pip.log")
     do(f"{python} -c 'import torch'")
     do(f"{python} -c 'import torch'")
     do(f"{python} -c 'import model'")
