@@ -402,10 +402,10 @@ def generate_text(model: Model, tokenizer: Tokenizer, args) -> None:
         written += 1
         print(decoder.decode(tokenizer.decode_bytes(token.tolist())), end="", flush=True)
     print(decoder.decode(b"", final=True))
-    if not written and tokenizer.has_chat_template:
+    if not written:
         print(
-            f"{args.model} ended the text at once: an instruct model expects its chat format; "
-            "give --prompt the beginning of a text, as 'The capital of France is'",
+            f"{args.model} ended the text at once, as an instruct model does without its chat "
+            "format; give --prompt the beginning of a text, as 'The capital of France is'",
             file=sys.stderr,
         )
 

@@ -65,14 +65,6 @@ class Tokenizer:
         longest_first = sorted(self.added, key=len, reverse=True)
         self.splitter = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether the folder describes a chat format, as that of an instruct model does."""
-        config = self.path.with_name("tokenizer_config.json")
-        if config.exists() and read_json(config).get("chat_template"):
-            return True
-        return self.path.with_name("chat_template.jinja").exists()
-
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The ids of a text; `special=False` leaves out the prefix and suffix."""
         ids: list[int] = []
