@@ -859,6 +859,7 @@ def test_changed_weights_take_effect_in_a_compiled_step(change, tmp_path):
 @needs_cpp
 @pytest.mark.slow
 @torch._dynamo.config.patch(error_on_recompile=True)
+@pytest.mark.parametrize("small_steps", ["as on a CPU"], indirect=True)
 def test_a_compiled_step_is_compiled_once_and_equals_the_eager_one(llama, small_steps):
     """For all sizes of a step, two engines of different room and every kind of layer."""
     torch._dynamo.reset()
@@ -874,6 +875,19 @@ def test_a_compiled_step_is_compiled_once_and_equals_the_eager_one(llama, small_
         outputs.append([request.output for request in requests])
     assert outputs[0] == outputs[1]
     assert sizes == {2, 4, 5, 6}
+
+
+@needs_cpp
+@pytest.mark.slow
+@pytest.mark.parametrize("small_steps", ["as on a GPU"], indirect=True)
+def test_blocks_compiled_for_any_size_serve_as_eager_ones_do(llama, small_steps):
+    model = boosted(llama)
+    outputs = []
+    for compiled in (True, False):
+        requests = random_requests(8, seed=1)
+        list(Engine(model, 3, 100, compiled).run(deque(requests)))
+        outputs.append([request.output for request in requests])
+    assert outputs[0] == outputs[1]
 
 
 @needs_cpp
