@@ -297,7 +297,7 @@ class WindowLinearAttention(SoftmaxAttention):
 
         # Sinks among the new tokens.
         offset = torch.arange(sinks, device=key.device) - positions[:, None]  # (B, s)
-        end = tokens if new is None else new[:, None]
+        end = tokens if new is None else new[:, None]  # of each sequence's tokens, before padding
         is_new = ((offset >= 0) & (offset < end))[:, None, :, None]
         offset = across_heads(offset.clamp(0, tokens - 1), key)
         sink_key = cache.key[:, :, :sinks]

@@ -67,6 +67,7 @@ def fit_map(theirs: Block, ours: Block, their_stream, our_stream, rotary) -> Non
 
 
 def copy_maps(source: Model, target: Model) -> None:
+    """Gives a model of the same plan its own copy of the maps."""
     for name, parameter in source.named_parameters():
         if ".self_attn.map." in name:
             target.get_parameter(name).data.copy_(parameter)

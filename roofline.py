@@ -56,7 +56,7 @@ def step_costs(model: Model, batch: int, context: int) -> dict[str, tuple[float,
 
     Weights and head are read once for all. A softmax layer reads 2 G D numbers for every token of
     every sequence. An L layer reads those of its window and sinks, and reads and writes S and z,
-    G F (D + 1) float32 numbers.
+    G F (D + 1) float32 numbers. The map of an X layer is one more product with weights.
     """
     config = model.config
     size = model.norm.weight.element_size()

@@ -845,7 +845,7 @@ STEPS = {
     "engine": Step(check_engine, 100, 120, small=True),
     "graph": Step(check_graph, 80, 60, small=True),
     "heal": Step(check_healing, 120, 240, small=True),
-    "compiled": Step(check_compiled, 150, 400, small=True),
+    "compiled": Step(check_compiled, 200, 400, small=True),
     "cli": Step(check_command_line, 170, 500, small=True),
     "probe": Step(probe, 60, 60),
     "decode1b": Step(lambda: measure_decoding(ONE), 90, 150),
