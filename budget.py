@@ -62,6 +62,7 @@ class Budget:
     measures: list[str]  # of the scan
     scans: bool = True  # False where the plan, or a scan, is given
     inputs: int = 0  # of the linear maps, 0 where none are fitted
+    removes: bool = False  # whether the plan will have X layers
     sequences: int | None = None  # to evaluate on
     passkeys: int | None = None  # at each of `recall_lengths`
 
@@ -69,15 +70,15 @@ class Budget:
         self.context = min(CONTEXT, self.reach)  # tokens of a sequence to evaluate on
         self.healing = HEALING * self.tokens
 
+        # In the scan a pass of the base; before healing one of it and one of the converted model.
+        self.fitting = FITTED * self.inputs
+        self.maps = 2 * self.fitting * self.removes
+
         self.scan_size = climb(SCANS, self.scan_work, self.healing / 2)
         self.scan = self.scan_work(*self.scan_size) if self.scans else 0.0
         scan_sequences, scan_context, prompts = self.scan_size
         self.calibration = (scan_sequences, min(scan_context, self.reach))  # [N, T]
         self.prompts = self.within_reach(prompts)
-
-        # A pass of the base in the scan; later one of the base and one of the converted model.
-        self.fitting = FITTED * self.inputs
-        self.maps = 3 * self.fitting
 
         validation = climb(VALIDATIONS, self.validation_work, self.healing / 10)
         self.validation = self.validation_work(*validation)
@@ -104,7 +105,7 @@ class Budget:
         n = self.n_layers
         passes = 2 + sum(2 * (n - i) / n for i in range(first, n))
         judging = (1 + 2 * (n - first)) * self.heads / 4
-        work = 0.0
+        work = float(self.fitting)
         if "kl" in self.measures:
             work += sequences * min(context, self.reach) * (passes + judging)
         if "recall" in self.measures:
@@ -152,6 +153,7 @@ def make_budget(model: Model, args, step: int, rate: float) -> Budget:
         "measures": args.measure,
         "scans": not (args.plan or args.scan),
         "inputs": model.config.hidden_size if fits_maps(args) else 0,
+        "removes": args.drop > 0 if args.plan is None else "X" in args.plan,
         "sequences": args.sequences,
         "passkeys": args.passkeys,
     }
