@@ -16,7 +16,6 @@ Healing distils the original back into the converted model. `boost` tells this s
 
 import argparse
 import codecs
-import math
 import os
 import sys
 import time
@@ -237,10 +236,12 @@ def scan_layers(
 
 
 def fitting_text(train: Tensor, budget: Budget) -> Tensor:
-    """Training sequences that linear maps are fitted on, after those that the scan judges them on
-    where there are enough."""
+    """Training sequences that linear maps are fitted on: the same for every --tokens, since a run
+    that goes on to more of them must go on with its maps; where there are enough, after all that a
+    scan may judge them on."""
     count = min(max(1, budget.fitting // train.shape[1]), len(train))
-    first = math.prod(budget.calibration) // train.shape[1] + 1
+    sequences, tokens, _ = SCANS[-1]
+    first = sequences * tokens // train.shape[1] + 1
     return train[min(first, len(train) - count) :][:count]
 
 

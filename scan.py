@@ -237,6 +237,7 @@ def check_scan(path: Path, identity: dict, measures: list[str], n: int) -> list[
     again = "scan again (leave out --scan, or give another --out)"
     made = read_json(path)
     require(made.get("identity") and made.get("layers"), f"{path}: is no scan file; {again}")
+    made["identity"].setdefault("removed", "nothing")  # as before there were linear maps
     columns = [name for name in MEASURES if name in made["layers"][0]["X"]]
     unfinished = count_trials(made["layers"]) < 2 * n
     require(
@@ -245,7 +246,7 @@ def check_scan(path: Path, identity: dict, measures: list[str], n: int) -> list[
         f"this run has {'+'.join(measures)}; {again}",
     )
     for key, value in identity.items():
-        before = made["identity"].get(key, {"removed": "nothing"}.get(key))
+        before = made["identity"].get(key)
         require(
             key == "data" or before == value or (key == "sizes" and not unfinished),
             f"{path}: was measured with {key} {before}, this run has {value}; {again}",

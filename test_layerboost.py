@@ -937,6 +937,17 @@ def test_maps_are_nothing_before_they_are_fitted_and_closer_to_the_original_afte
     near(torch.cat(parts, dim=1), fitted, rtol=1e-4, atol=1e-4)
 
 
+def test_maps_are_the_same_for_every_budget():
+    """A run that goes on to more tokens goes on with adapters that were trained on its maps."""
+    train = torch.arange(200_000 // 512 * 512).view(-1, 512)
+    parts = [
+        layerboost.fitting_text(train, a_budget(tokens, inputs=576, removes=True))
+        for tokens in (8_000, 36_000, 10**7)
+    ]
+    assert parts[0].numel() == 28 * 576 // 512 * 512 and parts[0].min() >= 4 * 2048
+    assert torch.equal(parts[0], parts[1]) and torch.equal(parts[0], parts[2])
+
+
 def test_maps_are_healed_as_linear_layers_are(llama):
     original = load_model(str(llama))
     student = convert(original, "XSX", removed="linear")
