@@ -23,7 +23,16 @@ from bench import decode_times, format_table
 from distill import Healing
 from engine import Engine
 from hub import C4, DOCUMENT, read_documents, read_json, require, write_json, write_text
-from machine import MACHINE_FLAGS, add_flags, at_least, pick_device, pick_dtype, run_program, say
+from machine import (
+    MACHINE_FLAGS,
+    Parser,
+    add_flags,
+    at_least,
+    pick_device,
+    pick_dtype,
+    run_program,
+    say,
+)
 from model import Model, cache_bytes, load_model
 from scan import fingerprint
 from tokenizer import Tokenizer, load_tokenizer, pack_sequences
@@ -86,7 +95,8 @@ def once(path: Path | None, name: str, identity: dict, function, *arguments) -> 
     """function(*arguments), at once written into the file `path` under `name`; what is there
     already, where it was measured under the same identity."""
     kept = read_json(path) if path and path.exists() else {}
-    if kept.get(name, {}).get("identity") != identity:
+    entry = kept.get(name)
+    if not isinstance(entry, dict) or entry.get("identity") != identity or "figures" not in entry:
         kept[name] = {"identity": identity, "figures": function(*arguments)}
         if path:
             write_json(path, kept)
@@ -215,7 +225,7 @@ FLAGS = {
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Measures a model on text, questions and passkeys, beside its original."
     )
     parser.add_argument("model", help="a folder or Hub id")
