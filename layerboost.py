@@ -19,7 +19,6 @@ import codecs
 import os
 import sys
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,9 +30,9 @@ import report
 import scan
 from budget import DECODING, SCANS, Budget, make_budget
 from config import REMOVED
-from distill import Healing, heal, healed_tokens, healing_bytes, tail_names
+from distill import Healing, heal, healing_bytes, tail_names
 from fit import copy_maps, fit_maps
-from hub import C4, InputError, find_model, read_documents, read_json, require
+from hub import C4, InputError, find_model, read_documents, require
 from kernels import FEATURE_MAPS
 from machine import (
     MACHINE_FLAGS,
@@ -370,31 +369,6 @@ def describe_plan(model: Model, plan: str, tiers: dict, layers: list[dict], meas
     return lines
 
 
-def kept(args) -> str:
-    """What a run that was stopped has left in its folder: the same command goes on from there."""
-    if args.prompt is not None:
-        return ""
-
-    def scanned(path: Path) -> str:
-        made = scan.read_scan(path)
-        return f"scan of {scan.count_trials(made['layers']) / 2:g} of {made.get('of', '?')} layers"
-
-    def healed(path: Path) -> str:
-        return "healing of {:,} of {:,} tokens".format(*healed_tokens(path))
-
-    def evaluated(path: Path) -> str:
-        return ", ".join(read_json(path))
-
-    parts = []
-    files = ("scan.json", scanned), ("healing.safetensors", healed), ("evaluation.json", evaluated)
-    for name, describe in files:
-        path = Path(args.out) / name
-        if path.exists():
-            with suppress(InputError):  # it is damaged: nothing to go on from
-                parts.append(f"{describe(path)} in {path}")
-    return f"; kept: {'; '.join(parts) or 'nothing yet'}"
-
-
 def say_what_next(args) -> None:
     is_tiny = args.model == str(TINY)
     prompt = "It was late in the evening when" if is_tiny else "The history of"
@@ -470,9 +444,9 @@ FLAGS = {
         "encoding": report.ENCODING,
         "sequences": (at_least(1), None, "of 1,024 tokens, to evaluate on [2 to 32, by --tokens]"),
         "passkeys": (
-            at_least(1, most=10_000),
+            at_least(1, int, 10_000),
             None,
-            "hidden numbers to repeat, at each length [5 to 20]",
+            "hidden numbers to repeat, a length [5 to 20]",
         ),
         "tasks": (list, [], "question files to evaluate on [none]"),
     },
@@ -494,11 +468,7 @@ FLAGS = {
     },
     "healing": {
         "tokens": (token_count, None, "to heal on, as 200k; the rest of the run by it [10M]"),
-        "minutes": (
-            at_least(1e-9, float, 1e6),
-            None,
-            "for all of the run, in the place of --tokens",
-        ),
+        "minutes": (at_least(1e-9, float, 1e6), None, "for all of the run, instead of --tokens"),
         "rank": (at_least(1), 16, "of the adapters"),
         "lr": (at_least(1e-9, float, 10.0), 1e-3, "highest learning rate"),
         "context": (at_least(2), 512, "tokens of a training sequence"),
@@ -507,13 +477,13 @@ FLAGS = {
     },
     "generation": {
         "prompt": (str, None, "only continue this text with MODEL"),
-        "max-new-tokens": (at_least(1, most=10**6), 100, "at most so many more tokens"),
+        "max-new-tokens": (at_least(1, int, 10**6), 100, "at most so many more tokens"),
         "temperature": (at_least(0.0, float, 100.0), 0.7, "0 takes the likeliest token"),
         "top-k": (at_least(1), None, "draw from the K likeliest tokens [all]"),
         "top-p": (at_least(1e-9, float, 1.0), 0.9, "draw from the likeliest P of probability"),
     },
     "machine": {
-        "seed": (at_least(0, most=2**32 - 1), 0, "of data order, adapters and samples"),
+        "seed": (at_least(0, int, 2**32 - 1), 0, "of data order, adapters and samples"),
         **MACHINE_FLAGS,
         "compile": (
             bool,
@@ -566,7 +536,11 @@ def run(args) -> None:
 def main(argv=None) -> int:
     args = parse_arguments(argv)
     cpu.enabled = args.compile is not False
-    return run_program("layerboost", lambda: run(args), lambda: kept(args))
+    return run_program(
+        "layerboost",
+        lambda: run(args),
+        lambda: report.kept(args.out) if args.prompt is None else "",
+    )
 
 
 if __name__ == "__main__":

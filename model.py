@@ -463,15 +463,15 @@ def read_weights(folder: Path, model: Model, dtype: torch.dtype, device: str) ->
                 if not tensor.sum().isfinite() and not tensor.isfinite().all():
                     wrong.append(f"{stored} holds NaN or infinity")
 
-    if tied and "lm_head.weight" in weights:
-        weights.setdefault("embed_tokens.weight", weights["lm_head.weight"])
+    head = weights.get("lm_head.weight") if tied else None
+    if head is not None:
+        weights.setdefault("embed_tokens.weight", head)
     wrong += [f"missing {name}" for name in wanted if name not in weights]
     if wrong:
         shown = "; ".join(wrong[:6]) + (" ..." if wrong[6:] else "")
         raise InputError(f"{folder}: {len(wrong)} tensors do not fit config.json: {shown}")
-    if tied and "lm_head.weight" in weights:
-        if torch.equal(weights["lm_head.weight"], weights["embed_tokens.weight"]):
-            del weights["lm_head.weight"]
+    if head is not None and torch.equal(head, weights["embed_tokens.weight"]):
+        del weights["lm_head.weight"]
     return weights
 
 
@@ -503,9 +503,7 @@ def weight_files(folder: Path) -> list[Path]:
     files = [folder / name for name in names]
     for file in files:
         if not file.exists():
-            other = ""
-            if list(folder.glob("*.bin")):
-                other = " (only safetensors are loaded, never .bin files)"
+            other = " (.bin files are never loaded)" if list(folder.glob("*.bin")) else ""
             raise InputError(f"{file}: no such file{other}; download the model again")
     return files
 

@@ -12,6 +12,7 @@ import itertools
 import json
 import sys
 import zlib
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,9 +21,9 @@ from torch import Tensor
 
 import measure
 from bench import decode_times, format_table
-from distill import Healing
+from distill import Healing, healed_tokens
 from engine import Engine
-from hub import C4, DOCUMENT, read_documents, read_json, require, write_json, write_text
+from hub import C4, DOCUMENT, InputError, read_documents, read_json, require, write_json, write_text
 from machine import (
     MACHINE_FLAGS,
     Parser,
@@ -34,7 +35,7 @@ from machine import (
     say,
 )
 from model import Model, cache_bytes, load_model
-from scan import fingerprint
+from scan import count_trials, fingerprint, read_scan
 from tokenizer import Tokenizer, load_tokenizer, pack_sequences
 
 CONTEXT = 1024  # tokens of a sequence, and that each holds where decoding is timed
@@ -192,6 +193,29 @@ agreement {converted["agreement"]:.1%} -> {healed["agreement"]:.1%}; {seconds / 
     write_json(Path(args.out) / "report.json", body)
     write_text(Path(args.out) / "report.md", text.lstrip())
     say(text)
+
+
+def kept(out: str) -> str:
+    """What a run that was stopped has left in its folder: the same command goes on from there."""
+
+    def scanned(path: Path) -> str:
+        made = read_scan(path)
+        return f"scan of {count_trials(made['layers']) / 2:g} of {made.get('of', '?')} layers"
+
+    def healed(path: Path) -> str:
+        return "healing of {:,} of {:,} tokens".format(*healed_tokens(path))
+
+    def evaluated(path: Path) -> str:
+        return ", ".join(read_json(path))
+
+    parts = []
+    files = ("scan.json", scanned), ("healing.safetensors", healed), ("evaluation.json", evaluated)
+    for name, describe in files:
+        path = Path(out) / name
+        if path.exists():
+            with suppress(InputError):  # it is damaged: nothing to go on from
+                parts.append(f"{describe(path)} in {path}")
+    return f"; kept: {'; '.join(parts) or 'nothing yet'}"
 
 
 def continuation(model: Model, tokenizer: Tokenizer, valid: Tensor) -> str:

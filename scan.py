@@ -234,15 +234,17 @@ def read_scan(path: Path) -> dict:
     InputError for one that is damaged."""
     made = read_json(path)
     layers, identity = made.get("layers"), made.get("identity")
-    right = isinstance(identity, dict) and identity and isinstance(layers, list) and layers
-    columns = []
+    right = isinstance(identity, dict) and isinstance(layers, list) and bool(identity and layers)
+    names = []
     for row in layers if right else ():
         right &= isinstance(row, dict) and set(row) in ({"X", "L"}, {"X"})
-        right &= len(row) == 2 or row is layers[-1]
-        columns += row.values() if right else ()
-    for damage in columns:
-        right &= isinstance(damage, dict) and bool(damage) and damage.keys() == columns[0].keys()
-        right &= all(type(x) in (int, float) and math.isfinite(x) for x in damage.values())
+        right &= row is layers[-1] or len(row) == 2
+        for damage in row.values() if right else ():
+            right &= isinstance(damage, dict) and bool(damage)
+            numbers = damage.values() if right else ()
+            right &= all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
+            names.append(set(damage) if right else ())
+    right = right and all(columns == names[0] for columns in names)
     require(right, f"{path}: is no scan file, or damaged; delete it and scan again")
     return made
 

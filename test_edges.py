@@ -259,35 +259,259 @@ def test_layers_past_the_room_of_their_cache_stop(llama):
         model.run_layers(torch.randn(1, 1, 48), 0, 3, cache)
 
 
+# --- bad input, a line each ----------------------------------------------------------------------
+
+
+def config_with(**change):
+    """Damages config.json; ... takes a field out."""
+
+    def damage(folder: Path) -> str:
+        path = folder / "model/config.json"
+        content = json.loads(path.read_text()) | change
+        kept = {name: value for name, value in content.items() if value is not ...}
+        path.write_text(json.dumps(kept))
+        return "--prompt a"
+
+    return damage
+
+
+def weights_with(change):
+    """change(weights) in place, or bytes in the place of model.safetensors."""
+
+    def damage(folder: Path) -> str:
+        path = folder / "model/model.safetensors"
+        if isinstance(change, bytes):
+            path.write_bytes(change)
+            return "--prompt a"
+        weights = load_file(path)
+        change(weights)
+        save_file(weights, path)
+        return "--prompt a"
+
+    return damage
+
+
+def index_with(weight_map):
+    def damage(folder: Path) -> str:
+        (folder / "model/model.safetensors").rename(folder / "model/part.safetensors")
+        shutil.copy(folder / "model/part.safetensors", folder / "model/again.safetensors")
+        content = json.dumps({"weight_map": weight_map})
+        (folder / "model/model.safetensors.index.json").write_text(content)
+        return "--prompt a"
+
+    return damage
+
+
+def file_with(name: str, content, flags: str):
+    """A file beside the model's folder, which the flags name as {}."""
+
+    def damage(folder: Path) -> str:
+        content_bytes = content if isinstance(content, bytes) else content.encode()
+        (folder / name).write_bytes(content_bytes)
+        return flags.format(folder / name)
+
+    return damage
+
+
+def changed(name: str, change):
+    """change(tensor) stands for one of the weights."""
+
+    def change_weights(weights: dict) -> None:
+        weights[name] = change(weights[name])
+
+    return weights_with(change_weights)
+
+
+NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
+CHOICES = {"query": "why", "choices": ["a", "b"], "gold": 1}
+OPTIONS = {"context_options": ["The cat", "The dog"], "continuation": "ran", "gold": 0}
+LAST = {"context": "I saw a", "continuation": "dog"}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
+def questions(first, second):
+    content = f"{json.dumps(first)}\n{json.dumps(second)}\n"
+    return file_with("bad.jsonl", content, "--tasks {}"), "bad.jsonl: line 2: give query"
+
+
+def scan_file(content: str):
+    return file_with("s.json", content, "--scan {} --measure kl"), "s.json: "
+
+
+BAD_CONFIGS = [
+    ({"model_type": "gpt_neox"}, "model_type 'gpt_neox' is not supported"),
+    ({"model_type": ...}, "model_type None is not supported"),
+    ({"model_type": ["llama"]}, "model_type ['llama'] is not supported"),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+    ({"rope_scaling": YARN}, "rope"),
+    ({"quantization_config": {}}, "quantised"),
+    ({"vocab_size": ...}, "'vocab_size' is missing"),
+    ({"hidden_size": None}, "'hidden_size' is missing"),
+    (
+        {"vocab_size": 10**12},
+        "vocab_size is 1000000000000; give a whole number from 1 to 16,777,216",
+    ),
+    ({"hidden_size": "48"}, "hidden_size is '48'; give a whole number"),
+    ({"hidden_size": 48.0}, "hidden_size is 48.0"),
+    ({"hidden_size": -48}, "hidden_size is -48"),
+    ({"intermediate_size": 0}, "intermediate_size is 0"),
+    ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000"),
+    ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+    ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ({"num_attention_heads": 5}, "hidden_size 48 is no multiple of num_attention_heads 5"),
+    ({"num_key_value_heads": 3}, "4 is no multiple of num_key_value_heads 3"),
+    ({"head_dim": 7}, "head_dim is 7; rotary embeddings need an even number"),
+    ({"head_dim": [12]}, "head_dim is [12]"),
+    ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+    ({"rms_norm_eps": "1e-05"}, "rms_norm_eps is '1e-05'; give a number"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+    ({"rms_norm_eps": {}}, "rms_norm_eps is {}"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; give true or false"),
+    ({"attention_bias": 1}, "attention_bias is 1"),
+    ({"sliding_window": "16"}, "sliding_window is '16'"),
+    (
+        {"model_type": "mistral", "sliding_window": 16, "layer_types": ["chunked_attention"] * 3},
+        "layer_types: give 3 of full_attention and sliding_attention",
+    ),
+    ({"eos_token_id": 704}, "eos_token_id is 704; give ids below vocab_size 704"),
+    ({"eos_token_id": ["2"]}, "eos_token_id is ['2']"),
+    ({"layerboost": "SSS"}, "\"layerboost\" is 'SSS'"),
+    ({"layerboost": {"plan": 5}}, '"layerboost": plan is 5; give a text'),
+    ({"layerboost": {"plan": "SQ"}}, "give 3 letters"),
+    ({"layerboost": {"window": "64"}}, "window is '64'"),
+    ({"layerboost": {"removed": "zeros"}}, "use linear or nothing"),
+    ({"layerboost": {"feature_map": "cosine"}}, "use one of"),
+]
+BAD_WEIGHTS = [
+    (weights_with(b"not safetensors"), "model.safetensors: cannot be read as safetensors"),
+    (weights_with(b"\xff" * 8), "model.safetensors: cannot be read as safetensors"),
+    (weights_with(lambda w: w.pop(NORM)), "1 tensors do not fit config.json: missing norm.weight"),
+    (weights_with(lambda w: w.pop("lm_head.weight")), "missing lm_head.weight"),
+    (weights_with(lambda w: w.update(more=torch.zeros(1))), "unexpected more"),
+    (weights_with(lambda w: w.update({"\x1b]0;": torch.zeros(1)})), r"unexpected \x1b]0;"),
+    (weights_with(lambda w: w.update({NORM[6:]: w[NORM].clone()})), "is stored twice"),
+    (changed(NORM, lambda x: x[:3].clone()), f"{NORM} has shape (3,), not (48,)"),
+    (changed(NORM, torch.Tensor.int), f"{NORM} is of type I32; quantised weights"),
+    (changed(EMBEDDING, lambda x: x.to(torch.float8_e4m3fn)), f"{EMBEDDING} is of type F8_E4M3"),
+    (changed(EMBEDDING, lambda x: x / 0), f"{EMBEDDING} holds NaN or infinity"),
+    (changed(NORM, lambda x: x.double() * 1e300), f"{NORM} holds NaN or infinity"),
+    (index_with({"a": "missing.safetensors"}), "missing.safetensors: no such file"),
+    (index_with({"a": "../model/part.safetensors"}), "is no .safetensors file of this folder"),
+    (index_with({"a": "/etc/part.safetensors"}), "is no .safetensors file of this folder"),
+    (index_with({"a": 5}), "5 is no .safetensors file of this folder"),
+    (index_with({"a": "part.safetensors", "b": "again.safetensors"}), "is stored twice"),
+    (index_with({}), "has no weight_map"),
+    (index_with(["part.safetensors"]), "has no weight_map"),
+]
+BAD_FILES = [
+    (file_with("model/config.json", "[]", ""), "config.json: holds no JSON object"),
+    (file_with("model/config.json", "{", ""), "config.json: not valid JSON"),
+    (file_with("model/config.json", b"\xff", ""), "config.json: not valid JSON"),
+    (file_with("model/config.json", "[" * 100_000, ""), "config.json: not valid JSON (maximum"),
+    (file_with("model/config.json", "9" * 5000, ""), "config.json: not valid JSON (Exceeds"),
+    (file_with("model/generation_config.json", "{", ""), "generation_config.json: not valid JSON"),
+    (file_with("a.jsonl", '{"text": 5}', "--data {}"), "a.jsonl: line 1: not a JSON object"),
+    (file_with("a.json.gz", gzip.compress(b'[{"text": "a"}]'), "--data {}"), "a.json.gz: line 1: "),
+    (file_with("a.jsonl.gz", gzip.compress(b"{}")[:-9], "--data {}"), "gzip that was cut short"),
+    (file_with("a.txt", "", "--data {}"), "a.txt: too little text: it has 0 tokens"),
+    (file_with("a.txt", "é".encode("cp1252"), "--data {}"), "byte 0 (0xe9) is not utf-8"),
+    (file_with("a.csv", "text", "--data {}"), "a.csv: give one of .txt"),
+    (file_with("a.jsonl", "", "--tasks {}"), "a.jsonl: is empty"),
+    (file_with("a.jsonl", "{", "--tasks {}"), "a.jsonl: line 1: give query"),
+    (file_with("a.jsonl", "[" * 100_000, "--tasks {}"), "a.jsonl: line 1: give query"),
+    questions(LAST, {"question": 1}),
+    questions(LAST, 5),
+    questions(LAST, CHOICES),
+    questions(LAST, LAST | {"continuation": ""}),
+    questions(LAST, LAST | {"continuation": 4}),
+    questions(LAST, LAST | {"context": " "}),
+    questions(CHOICES, CHOICES | {"gold": 2}),
+    questions(CHOICES, CHOICES | {"gold": "1"}),
+    questions(CHOICES, CHOICES | {"choices": [3, 4]}),
+    questions(CHOICES, CHOICES | {"choices": ["bl\ud83d", "red"]}),
+    questions(OPTIONS, OPTIONS | {"context_options": "The cat"}),
+    scan_file("{}"),
+    scan_file('{"identity": {"window": 16}, "layers": [{"X": 5}]}'),
+    scan_file('{"identity": {"window": 16}, "layers": [{"X": {"kl": 1.0}}, {"X": {}}]}'),
+    scan_file('{"identity": {"window": 16}, "layers": [{"X": {"kl": NaN}, "L": {"kl": 1}}]}'),
+    scan_file('{"identity": [], "layers": [{"X": {"kl": 1.0}, "L": {"kl": 1.0}}]}'),
+]
+BAD_FLAGS = [
+    ("--keep 3 --drop 1", "--keep 3 --drop 1: 3 layers to keep and 1 to drop are more than"),
+    ("--keep 50", "--keep 50: 50 layers to keep and 0 to drop are more than the 3"),
+    ("--drop 3", "--drop 3: 1 layers to keep and 3 to drop"),
+    ("--plan SL", "give 3 letters"),
+    ("--plan uniform:Q", "give 3 letters"),
+    ("--plan=", "give 3 letters"),
+    ("--feature-map cosine", "--feature-map 'cosine'"),
+    ("--window 0 --feature-map none", "would see nothing"),
+    ("--window -1", "--window and --sinks"),
+    ("--window 1234567890123", "--window and --sinks: give numbers of tokens, 0 to 1,048,576"),
+    ("--measure task", "--tasks FILE"),
+    ("--tasks nowhere.jsonl", "nowhere.jsonl: No such file"),
+    ("--tokens 100", "give at least as many"),
+    ("--data nowhere", "--data nowhere"),
+    ("--data=", "--data : no such file"),
+    ("--model ./nowhere", "./nowhere: no such folder"),
+    ("--scan nowhere.json", "--scan nowhere.json: no such file"),
+    ("--scan=", "--scan : no such file"),
+    ("--prompt=", "--prompt is empty"),
+    ("--prompt " + "word" * 1000, "--prompt: has "),
+    ("--device meta", "--device meta"),
+    ("--encoding utf-9", "--encoding utf-9: unknown; give cp1252"),
+    ("--rank 1000000000", "healing: needs "),
+    ("--tokens ten", "'ten' is not a number of tokens; write 200k, 10M or 4096"),
+    ("--tokens infM", "'infM' is not a number of tokens"),
+    ("--tokens k", "'k' is not a number of tokens"),
+    ("--tokens 0", "'0' is not a number of tokens"),
+    ("--tokens=-5k", "'-5k' is not a number of tokens"),
+    ("--tokens 36k --minutes 10", "--tokens and --minutes: give one of them"),
+    ("--minutes 0", "--minutes: 0 is not"),
+    ("--minutes inf", "--minutes: inf is not"),
+    ("--sequences 0", "--sequences: 0 is not 1 or more"),
+    ("--passkeys 1000000000", "--passkeys: 1000000000 is not 1 to 10000"),
+    ("--keep -1", "--keep: -1 is not 0 or more"),
+    ("--keep many", "--keep: invalid number value: 'many'"),
+    ("--measure luck", "--measure: 'luck': give kl, recall, task"),
+    ("--batch 0", "--batch: 0 is not 1 or more"),
+    ("--context 1", "--context: 1 is not 2 or more"),
+    ("--rank 0", "--rank: 0 is not 1 or more"),
+    ("--lr nan", "--lr: nan is not"),
+    ("--lr inf", "--lr: inf is not"),
+    ("--window 1.5", "--window: invalid int value: '1.5'"),
+    ("--prompt a --top-k -1", "--top-k: -1 is not 1 or more"),
+    ("--prompt a --top-p 1.5", "--top-p: 1.5 is not"),
+    ("--prompt a --temperature nan", "--temperature: nan is not"),
+    ("--prompt a --max-new-tokens 1000000000000", "--max-new-tokens: 1000000000000 is not"),
+    ("--dtype int8", "bfloat16"),
+    ("--planner luck", "paper"),
+    ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
+]
+BAD_INPUT = [
+    *((config_with(**change), message) for change, message in BAD_CONFIGS),
+    *BAD_WEIGHTS,
+    *BAD_FILES,
+    *((lambda folder, flags=flags: flags, message) for flags, message in BAD_FLAGS),
+]
+
+
+@pytest.mark.parametrize(
+    "damage,message", BAD_INPUT, ids=[f"{i}: {message}" for i, (_, message) in enumerate(BAD_INPUT)]
+)
+def test_bad_input_is_one_line_and_exit_code_2(damage, message, llama, text, tmp_path, capsys):
+    """The line names what is wrong; nothing is written."""
+    shutil.copytree(llama, tmp_path / "model")
+    flags = damage(tmp_path).split()
+    try:
+        code = layerboost.main(short_run(tmp_path / "model", text, tmp_path / "out", *flags))
+    except SystemExit as stopped:
+        code = stopped.code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert code == 2 and message in line
+    assert not list(tmp_path.glob("out/**/*")) and not list(tmp_path.glob("**/*.partial"))
+
+
 # --- a model's files -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "change,message",
-    [
-        ({"model_type": "gpt_neox"}, "model_type 'gpt_neox' is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
-        ({"rope_scaling": {"type": "linear"}}, "needs 'factor'"),
-        ({"quantization_config": {}}, "quantised"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    ],
-)
-def test_configs_that_are_not_supported_say_so(change, message, tmp_path):
-    content = SMALL | CONFIGS["llama"] | change
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=message):
-        read_config(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "content,message",
-    [("[]", "no JSON object"), ("{", "not valid JSON"), ('{"model_type": "llama"}', "missing")],
-)
-def test_damaged_configs_say_so(content, message, tmp_path):
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(InputError, match=f"config.json: .*{message}"):
-        read_config(tmp_path)
 
 
 def test_the_end_of_a_text_is_that_of_generation_config_where_it_has_one(tmp_path):
@@ -333,7 +557,7 @@ def test_files_that_hold_no_weights_say_so(tmp_path):
         load_model(str(folder))
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(InputError, match="never .bin files"):
+    with pytest.raises(InputError, match=".bin files are never loaded"):
         load_model(str(folder))
 
 
@@ -500,33 +724,6 @@ def test_lines_without_text_are_skipped_and_counted(tmp_path, capsys):
     assert note == f"--data {path}: skipped 4 of 6 lines, which have no `text`"
 
 
-CHOICES = {"query": "why", "choices": ["a", "b"], "gold": 1}
-OPTIONS = {"context_options": ["The cat", "The dog"], "continuation": "ran", "gold": 0}
-LAST = {"context": "I saw a", "continuation": "dog"}
-
-
-@pytest.mark.parametrize(
-    "first,second",
-    [
-        (LAST, {"question": 1}),
-        (LAST, 5),
-        (LAST, CHOICES),
-        (LAST, LAST | {"continuation": ""}),
-        (LAST, LAST | {"continuation": 4}),
-        (LAST, LAST | {"context": " "}),
-        (CHOICES, CHOICES | {"gold": 2}),
-        (CHOICES, CHOICES | {"gold": "1"}),
-        (CHOICES, CHOICES | {"choices": [3, 4]}),
-        (OPTIONS, OPTIONS | {"context_options": "The cat"}),
-    ],
-)
-def test_a_question_that_is_in_no_format_is_named_by_its_line(first, second, tmp_path):
-    path = tmp_path / "bad.jsonl"
-    path.write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
-    with pytest.raises(InputError, match="bad.jsonl: line 2"):
-        measure.read_task(str(path))
-
-
 def test_question_files(tmp_path):
     path = tmp_path / "task.jsonl"
     path.write_text("{")
@@ -548,61 +745,6 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 
 # --- flags ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "flags,message",
-    [
-        ("--keep 3 --drop 1", "--keep 3 --drop 1: 3 layers to keep and 1 to drop are more than"),
-        ("--keep 50", "layerboost: --keep 50: 50 layers to keep and 0 to drop are more than the 3"),
-        ("--drop 3", "layerboost: --drop 3: 1 layers to keep and 3 to drop"),
-        ("--plan SL", "give 3 letters"),
-        ("--plan uniform:Q", "give 3 letters"),
-        ("--feature-map cosine", "--feature-map 'cosine'"),
-        ("--window 0 --feature-map none", "would see nothing"),
-        ("--window -1", "--window and --sinks"),
-        ("--measure task", "--tasks FILE"),
-        ("--tasks nowhere.jsonl", "nowhere.jsonl: No such file"),
-        (f"--tasks {os.devnull}", "is empty"),
-        ("--tokens 100", "give at least as many"),
-        ("--data nowhere", "--data nowhere"),
-        ("--model ./nowhere", "./nowhere: no such folder"),
-        ("--scan nowhere.json", "--scan nowhere.json"),
-        ("--prompt=", "--prompt is empty"),
-        ("--device meta", "--device meta"),
-        ("--encoding utf-9", "--encoding utf-9: unknown; give cp1252"),
-    ],
-)
-def test_bad_flags_are_one_line_and_exit_code_2(flags, message, llama, text, tmp_path, capsys):
-    assert layerboost.main(short_run(llama, text, tmp_path / "out", *flags.split())) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("layerboost: ") and message in error
-
-
-@pytest.mark.parametrize(
-    "flags,message",
-    [
-        ("--tokens ten", "'ten' is not a number of tokens; write 200k, 10M or 4096"),
-        ("--tokens infM", "'infM' is not a number of tokens"),
-        ("--tokens k", "'k' is not a number of tokens"),
-        ("--tokens 36k --minutes 10", "--tokens and --minutes: give one of them"),
-        ("--minutes 0", "--minutes: 0 is not"),
-        ("--sequences 0", "--sequences: 0 is not 1 or more"),
-        ("--keep -1", "--keep: -1 is not 0 or more"),
-        ("--measure luck", "--measure: 'luck': give kl, recall, task"),
-        ("--batch 0", "--batch: 0 is not 1 or more"),
-        ("--context 1", "--context: 1 is not 2 or more"),
-        ("--rank 0", "--rank: 0 is not 1 or more"),
-        ("--lr nan", "--lr: nan is not"),
-        ("--prompt a --temperature 1 --top-k -1", "--top-k: -1 is not 1 or more"),
-        ("--dtype int8", "bfloat16"),
-        ("--planner luck", "paper"),
-    ],
-)
-def test_flags_that_are_no_values_show_what_is_one(flags, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        layerboost.main(flags.split())
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -727,7 +869,7 @@ def test_a_scan_that_found_no_damage_is_drawn():
 
 def test_a_broken_model_stops_the_scan(llama, text, tmp_path, capsys):
     model = load_model(str(llama))
-    model.layers[1].mlp.down_proj.weight.fill_(torch.nan)
+    model.layers[1].mlp.down_proj.weight.fill_(3e38)
     save_model(model, tmp_path / "broken", llama)
     flags = short_run(tmp_path / "broken", text, tmp_path / "out", "--measure", "kl")
     assert layerboost.main(flags) == 1
