@@ -232,20 +232,27 @@ def count_trials(layers: list[dict]) -> int:
 def read_scan(path: Path) -> dict:
     """A scan file: {"identity": {...}, "layers": [...]}, the layers as `scan` gives them. Raises
     InputError for one that is damaged."""
+
+    def is_damage(columns) -> bool:
+        numbers = columns.values() if isinstance(columns, dict) else ()
+        return bool(numbers) and all(type(x) in (int, float) and abs(x) < 1e30 for x in numbers)
+
+    def is_row(row) -> bool:
+        return isinstance(row, dict) and "X" in row and not set(row) - {"X", "L"}
+
     made = read_json(path)
     layers, identity = made.get("layers"), made.get("identity")
-    right = isinstance(identity, dict) and isinstance(layers, list) and bool(identity and layers)
-    names = []
-    for row in layers if right else ():
-        right &= isinstance(row, dict) and set(row) in ({"X", "L"}, {"X"})
-        right &= row is layers[-1] or len(row) == 2
-        for damage in row.values() if right else ():
-            right &= isinstance(damage, dict) and bool(damage)
-            numbers = damage.values() if right else ()
-            right &= all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
-            names.append(set(damage) if right else ())
-    right = right and all(columns == names[0] for columns in names)
-    require(right, f"{path}: is no scan file, or damaged; delete it and scan again")
+    rows = layers if isinstance(layers, list) and all(map(is_row, layers)) else []
+    damages = [damage for row in rows for damage in row.values()]
+    require(
+        isinstance(identity, dict)
+        and identity
+        and damages
+        and all(map(is_damage, damages))
+        and all(damage.keys() == damages[0].keys() for damage in damages)
+        and all(len(row) == 2 for row in rows[:-1]),
+        f"{path}: is no scan file, or damaged; delete it and scan again",
+    )
     return made
 
 

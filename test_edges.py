@@ -3,12 +3,15 @@ or of a kind that is not supported, the Hub out of reach, flags that do not fit 
 in one line that names the file or flag and the fix, or in a slower way to the same result.
 """
 
+import dataclasses
 import functools
 import gzip
 import io
 import itertools
 import json
 import os
+import re
+import resource
 import shutil
 import stat
 import subprocess
@@ -17,9 +20,11 @@ import time
 from pathlib import Path
 
 import huggingface_hub
+import hypothesis
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import bench
@@ -326,7 +331,6 @@ NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
 CHOICES = {"query": "why", "choices": ["a", "b"], "gold": 1}
 OPTIONS = {"context_options": ["The cat", "The dog"], "continuation": "ran", "gold": 0}
 LAST = {"context": "I saw a", "continuation": "dog"}
-YARN = {"rope_type": "yarn", "factor": 4.0}
 
 
 def questions(first, second):
@@ -343,7 +347,7 @@ BAD_CONFIGS = [
     ({"model_type": ...}, "model_type None is not supported"),
     ({"model_type": ["llama"]}, "model_type ['llama'] is not supported"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-    ({"rope_scaling": YARN}, "rope"),
+    ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported"),
     ({"quantization_config": {}}, "quantised"),
     ({"vocab_size": ...}, "'vocab_size' is missing"),
     ({"hidden_size": None}, "'hidden_size' is missing"),
@@ -509,6 +513,142 @@ def test_bad_input_is_one_line_and_exit_code_2(damage, message, llama, text, tmp
     (line,) = capsys.readouterr().err.splitlines()
     assert code == 2 and message in line
     assert not list(tmp_path.glob("out/**/*")) and not list(tmp_path.glob("**/*.partial"))
+
+
+# --- fuzz ----------------------------------------------------------------------------------------
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=4,
+)
+
+
+def places(content) -> list[tuple]:
+    """(parent, key) of all that a JSON value holds."""
+    found, waiting = [], [content]
+    for parent in waiting:
+        inside = parent.items() if isinstance(parent, dict) else enumerate(parent)
+        for key, value in inside:
+            found.append((parent, key))
+            waiting += [value] if isinstance(value, (dict, list)) else []
+    return found
+
+
+@st.composite
+def damaged_json(draw, text: str):
+    """A JSON text of which up to three places are taken out or hold something else."""
+    content = json.loads(text)
+    for _ in range(draw(st.integers(1, 3))):
+        if found := places(content):
+            parent, key = draw(st.sampled_from(found))
+            if draw(st.booleans()):
+                parent[key] = draw(ANY_JSON)
+            else:
+                del parent[key]
+    return json.dumps(content).encode()
+
+
+@st.composite
+def damaged_bytes(draw, content: bytes, head: int):
+    """Bytes of which up to four of the first `head` differ, or the end is missing."""
+    changed = bytearray(content)
+    for _ in range(draw(st.integers(0, 4))):
+        changed[draw(st.integers(0, head - 1))] = draw(st.integers(0, 255))
+    return bytes(changed[: draw(st.integers(0, len(content)) | st.just(len(content)))])
+
+
+def small_checkpoint(path: Path) -> bytes:
+    """A checkpoint's metadata, and a tensor."""
+    identity = dataclasses.asdict(distill.Healing(2048, context=512))
+    state = {"step": 2, "curve": {"train": [], "valid": []}, "identity": identity}
+    metadata = {name: json.dumps(value) for name, value in state.items()}
+    save_file({"x": torch.zeros(3)}, path, metadata=metadata)
+    return path.read_bytes()
+
+
+SCAN = {"identity": {"window": 8}, "of": 2, "layers": [{"X": {"kl": 1.0}, "L": {"kl": 0.5}}] * 2}
+FUZZED = ("config", "layerboost", "index", "header", "weights", "checkpoint", "scan", "tasks")
+
+
+def fuzz_target(kind: str, llama: Path, folder: Path):
+    """The file that is damaged, a strategy for its content, and what reads it."""
+    shutil.copytree(llama, folder, dirs_exist_ok=True)
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    content = weights.read_bytes()
+    if kind in ("config", "layerboost"):
+        raw = json.loads(config.read_text())
+        del raw["rope_theta"]
+        boosted = {"plan": "SSS", "removed": "linear", "window": 8, "healed_context": 9}
+        more = {"sliding_window": 4, "use_sliding_window": True, "head_dim": 12}
+        raw |= {"layerboost": boosted} if kind == "layerboost" else more
+        return config, damaged_json(json.dumps(raw)), lambda: load_model(str(folder))
+    if kind == "index":
+        index = folder / "model.safetensors.index.json"
+        names = dict.fromkeys(load_file(weights), "part.safetensors")
+        weights.rename(folder / "part.safetensors")
+        strategy = damaged_json(json.dumps({"metadata": {}, "weight_map": names}))
+        return index, strategy, lambda: load_model(str(folder))
+    if kind == "header":
+        size = int.from_bytes(content[:8], "little")
+        header = damaged_json(content[8 : 8 + size].decode())
+        strategy = header.map(lambda x: len(x).to_bytes(8, "little") + x + content[8 + size :])
+        return weights, strategy, lambda: load_model(str(folder))
+    if kind == "weights":
+        return weights, damaged_bytes(content, 400), lambda: load_model(str(folder))
+    if kind == "checkpoint":
+        path = folder / "healing.safetensors"
+        content = small_checkpoint(path)
+        return path, damaged_bytes(content, len(content)), lambda: distill.healed_tokens(path)
+    if kind == "scan":
+        path = folder / "scan.json"
+        read = functools.partial(scan_module.check_scan, path, {"window": 8}, ["kl"], 2)
+        return path, damaged_json(json.dumps(SCAN)), read
+    path = folder / "task.jsonl"
+    items = damaged_json(json.dumps(CHOICES)) | damaged_json(json.dumps(OPTIONS))
+    prompts = functools.partial(measure.task_prompts, tokenizer=load_tokenizer(str(llama)), reach=9)
+    return path, items, lambda: prompts(measure.read_task(str(path)))
+
+
+@pytest.mark.parametrize("examples", [25, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", FUZZED)
+def test_a_damaged_file_is_read_or_refused_in_one_line(kind, examples, llama, tmp_path, capsys):
+    """Nothing but InputError, no memory beyond that of the file and a model of this size."""
+    path, strategy, read = fuzz_target(kind, llama, tmp_path)
+    load_model(str(llama))  # the first one imports some of torch
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    @hypothesis.settings(
+        max_examples=examples,
+        deadline=5000,
+        database=None,
+        derandomize=examples < 100,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=[hypothesis.Phase.generate],
+    )
+    @hypothesis.given(strategy)
+    def run(content: bytes) -> None:
+        path.write_bytes(content)
+        try:
+            read()
+        except InputError as error:
+            assert "\n" not in str(error) and len(str(error)) < 2000
+        except OSError as error:
+            assert error.filename
+
+    run()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB
+
+
+def test_nothing_executes_what_lies_in_a_folder():
+    """No pickle, no eval, no import of a folder's code."""
+    forbidden = re.compile(
+        r"pickle|torch\.load\b|(?<![.\w])(eval|exec|compile|__import__)\(|importlib|marshal|"
+        r"trust_remote_code|yaml|os\.system|shell=True"
+    )
+    for path in HERE.glob("*.py"):
+        if not path.name.startswith("test_"):
+            assert not forbidden.findall(path.read_text(encoding="utf-8")), path.name
 
 
 # --- a model's files -----------------------------------------------------------------------------
