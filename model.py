@@ -436,12 +436,8 @@ def read_weights(folder: Path, model: Model, dtype: torch.dtype, device: str) ->
     Of a tied model the head is among them where one is stored that differs from the embedding.
     Raises InputError naming the tensors that are missing, unexpected, misshapen, stored twice, no
     floating point numbers, or not finite."""
-    wanted = dict(model.named_parameters())
-    tied = model.lm_head is None
-    shapes = {name: tuple(x.shape) for name, x in wanted.items()}
-    if tied:
-        shapes["lm_head.weight"] = shapes["embed_tokens.weight"]
-
+    wanted = {name: tuple(x.shape) for name, x in model.named_parameters()}
+    shapes = {"lm_head.weight": wanted["embed_tokens.weight"]} | wanted
     weights: dict[str, Tensor | None] = {}
     wrong = []
     for file in weight_files(folder):
@@ -463,7 +459,7 @@ def read_weights(folder: Path, model: Model, dtype: torch.dtype, device: str) ->
                 if not tensor.sum().isfinite() and not tensor.isfinite().all():
                     wrong.append(f"{stored} holds NaN or infinity")
 
-    head = weights.get("lm_head.weight") if tied else None
+    head = weights.get("lm_head.weight") if model.lm_head is None else None
     if head is not None:
         weights.setdefault("embed_tokens.weight", head)
     wrong += [f"missing {name}" for name in wanted if name not in weights]

@@ -654,6 +654,78 @@ def test_nothing_executes_what_lies_in_a_folder():
 # --- a model's files -----------------------------------------------------------------------------
 
 
+def test_nulls_and_other_spellings_that_do_no_harm_are_read(tmp_path):
+    content = SMALL | CONFIGS["llama"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    plain = read_config(tmp_path)
+    names = "num_key_value_heads head_dim quantization_config attention_bias mlp_bias layerboost"
+    names += " sliding_window use_sliding_window max_window_layers layer_types rope_scaling"
+    content |= dict.fromkeys(names.split()) | {"hidden_act": "swish", "num_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert dataclasses.replace(read_config(tmp_path), raw=plain.raw) == plain
+
+
+def test_a_stored_head_of_a_tied_model_is_used_where_it_differs(tmp_path):
+    """As transformers 5 does; one stored alone is the embedding, too."""
+    folder = write_model(tmp_path / "tied", CONFIGS["llama"] | {"tie_word_embeddings": True})
+    weights = load_file(folder / "model.safetensors")
+    tied = load_model(str(folder))
+    ids = torch.arange(9)[None]
+
+    for stored in (
+        weights | {"lm_head.weight": weights[EMBEDDING].clone()},
+        {name: x for name, x in weights.items() if name != EMBEDDING}
+        | {"lm_head.weight": weights[EMBEDDING]},
+    ):
+        save_file(stored, folder / "model.safetensors")
+        model = load_model(str(folder))
+        assert model.lm_head is None and torch.equal(model(ids), tied(ids))
+
+    save_file(weights | {"lm_head.weight": -weights[EMBEDDING]}, folder / "model.safetensors")
+    untied = load_model(str(folder))
+    torch.testing.assert_close(untied(ids), -tied(ids))
+    save_model(untied, tmp_path / "saved", folder)
+    assert torch.equal(load_model(str(tmp_path / "saved"))(ids), untied(ids))
+
+
+def test_a_saved_model_leaves_no_shards_of_another(llama, tmp_path):
+    """model.safetensors is read where there is one, as transformers does; saving deletes the shards
+    and the index that lie beside it, and no other file."""
+    write_model(tmp_path, CONFIGS["llama"], shards=3)
+    (tmp_path / "notes.safetensors").write_bytes(b"")
+    model = load_model(str(llama))
+    index = tmp_path / "model.safetensors.index.json"
+    stale = index.read_bytes()
+    save_model(model, tmp_path, llama)
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors*")) == [
+        "model.safetensors",
+        "notes.safetensors",
+    ]
+    index.write_bytes(stale)
+    assert torch.equal(load_model(str(tmp_path)).norm.weight, model.norm.weight)
+
+
+def test_too_little_memory_or_disk_is_said_with_both_numbers(
+    llama, text, tmp_path, monkeypatch, capsys
+):
+    flags = short_run(llama, text, tmp_path / "out")
+    monkeypatch.setattr(machine, "available_memory", lambda device: 1000)
+    assert layerboost.main(flags) == 2
+    needs = f"{llama}: needs 0.0 GiB of memory at least, 0.0 are free; take a smaller model"
+    assert capsys.readouterr().err == f"layerboost: {needs}\n"
+    monkeypatch.undo()
+
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert layerboost.main(flags) == 2
+    error = capsys.readouterr().err
+    assert f"--out {tmp_path}/out: needs 0.0 GiB at least, 0.0 are free on its disk" in error
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert layerboost.main(flags) == 2
+    assert f"{tmp_path} cannot be written; give another" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_end_of_a_text_is_that_of_generation_config_where_it_has_one(tmp_path):
     content = SMALL | CONFIGS["llama"] | {"eos_token_id": 7}
     (tmp_path / "config.json").write_text(json.dumps(content))
@@ -1037,6 +1109,12 @@ def test_ctrl_c_says_what_is_kept_and_nothing_is_done_again(
     flags = short_run(llama, text, tmp_path, "--measure", "kl", "--tokens", "1k")
     run_until(monkeypatch, layerboost, "load_tokenizer", 1, flags)
     assert capsys.readouterr().err == "layerboost: stopped; kept: nothing yet\n"
+    for name in ("scan.json", "healing.safetensors", "evaluation.json"):  # damaged
+        (tmp_path / name).write_text("{")
+    run_until(monkeypatch, layerboost, "load_tokenizer", 1, flags)
+    assert capsys.readouterr().err == "layerboost: stopped; kept: nothing yet\n"
+    for name in ("scan.json", "healing.safetensors", "evaluation.json"):
+        (tmp_path / name).unlink()
 
     run_until(monkeypatch, scan_module, "write_json", 4, flags)  # the fourth trial is lost
     scanned = f"scan of 1.5 of 3 layers in {tmp_path}/scan.json"
