@@ -25,6 +25,7 @@ from engine import Engine, Request, prefill
 from hub import require
 from machine import (
     MACHINE_FLAGS,
+    Parser,
     add_flags,
     at_least,
     pick_device,
@@ -295,7 +296,7 @@ def counts(text: str) -> list[int]:
 def memory_size(text: str) -> float:
     for unit, size in (("GiB", 2**30), ("GB", 1e9)):
         if text.endswith(unit):
-            return float(text.removesuffix(unit)) * size
+            return at_least(0.0, float, 1e9)(text.removesuffix(unit)) * size
     raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 24GiB or 24GB")
 
 
@@ -326,7 +327,7 @@ COMMON_FLAGS = {
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measures what a conversion buys in speed.")
+    parser = Parser(description="Measures what a conversion buys in speed.")
     commands = parser.add_subparsers(dest="command", required=True)
     for run, flags in COMMANDS.items():
         command = commands.add_parser(run.__name__.removesuffix("_command"), help=run.__doc__)

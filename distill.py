@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hub import open_safetensors, require, save_safetensors
+from hub import InputError, open_safetensors, read_metadata, require, save_safetensors
 from kernels import sliced_kl
 from machine import Diverged, Interrupt, gather, progress, rank_and_world, say, sum_over_processes
 from measure import hidden_states, kl_by_position
@@ -228,9 +228,8 @@ class Run:
     def load(self, path: Path) -> None:
         with open_safetensors(path, IF_DAMAGED) as file:
             self.optimizer.load(file)
-            metadata = file.metadata()
-        self.step = int(metadata["step"])
-        curve = json.loads(metadata["curve"])
+            metadata = read_metadata(file, path, {"step": int, "curve": dict}, IF_DAMAGED)
+        self.step, curve = metadata["step"], metadata["curve"]
         if curve.get("sequences") != self.curve["sequences"]:
             del curve["valid"]  # what another budget validated on does not compare
         self.curve |= curve | {"sequences": self.curve["sequences"]}
@@ -304,10 +303,7 @@ def find_checkpoint(paths: list[Path], settings: Healing, identity: dict) -> Pat
     something other than the budget differs, or where all files are past that."""
     done = 0
     for path in filter(Path.exists, paths):
-        with open_safetensors(path, IF_DAMAGED) as file:
-            step = int(file.metadata()["step"])
-            made_with = json.loads(file.metadata()["identity"])
-
+        step, made_with = read_state(path)
         for key, value in identity.items():
             require(
                 key in ("tokens", "validations") or made_with.get(key) == value,
@@ -327,12 +323,38 @@ def find_checkpoint(paths: list[Path], settings: Healing, identity: dict) -> Pat
     return None
 
 
+def read_state(checkpoint: Path) -> tuple[int, dict]:
+    """The step of a checkpoint, and what it was made with. Raises InputError for a damaged one."""
+    with open_safetensors(checkpoint, IF_DAMAGED) as file:
+        metadata = read_metadata(file, checkpoint, {"step": int, "identity": dict}, IF_DAMAGED)
+    step, made_with = metadata["step"], metadata["identity"]
+    typed = all(type(made_with.get(x.name)) is type(x.default) for x in fields(Healing))
+    require(step >= 0 and typed, f"{checkpoint}: damaged metadata; {IF_DAMAGED}")
+    return step, made_with
+
+
 def healed_tokens(checkpoint: Path) -> tuple[int, int]:
     """How many tokens a run has trained on at a checkpoint, and of how many."""
-    with open_safetensors(checkpoint, IF_DAMAGED) as file:
-        step, made_with = (json.loads(file.metadata()[key]) for key in ("step", "identity"))
-    settings = Healing(**{field.name: made_with[field.name] for field in fields(Healing)})
+    step, made_with = read_state(checkpoint)
+    try:
+        settings = Healing(**{field.name: made_with[field.name] for field in fields(Healing)})
+    except (ArithmeticError, ValueError):
+        raise InputError(f"{checkpoint}: damaged metadata; {IF_DAMAGED}") from None
     return settings.tokens_after(step), settings.trained_tokens
+
+
+def healing_bytes(model: Model, settings: Healing) -> tuple[int, int]:
+    """What healing takes at least, in memory beside the model and on disk: its merged weights; of
+    the adapters the weights, their average, two moments and, in memory, the gradients, all float32;
+    the residual stream of every layer on the longest sequences."""
+    weights, adapters = 0, 0
+    for x in model.layers.parameters():
+        if x.ndim == 2:
+            weights += x.numel() * x.element_size()
+            adapters += settings.rank * sum(x.shape) * 4
+    tokens = settings.longest * settings.together
+    stream = len(model.layers) * tokens * model.config.hidden_size * model.head.element_size()
+    return weights + 5 * adapters + stream, weights + 4 * adapters
 
 
 # --- losses ------------------------------------------------------------------------------------

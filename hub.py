@@ -35,7 +35,12 @@ TOKENIZER_FILES = (
 
 
 class InputError(ValueError):
-    """Something the user can mend: the message, one line, names the file or flag and the fix."""
+    """Something the user can mend: the message, one line, names the file or flag and the fix. What
+    a file brings into it, as a tensor's name, cannot steer the terminal: control characters are
+    written out."""
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 def require(condition, message: str) -> None:
@@ -107,7 +112,7 @@ def read_json(path: Path) -> dict:
         raise InputError(
             f"{path}: no such file; a model has config.json, *.safetensors and tokenizer.json"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, 5,000 digits, too deep
         raise InputError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds no JSON object")
@@ -118,11 +123,23 @@ def read_json(path: Path) -> dict:
 def open_safetensors(path: Path, fix: str = "download it again"):
     """safe_open, on the CPU. Raises InputError, ending in `fix`, for a file that is damaged."""
     try:
-        file = safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError, ValueError) as error:
+        with safe_open(path, framework="pt", device="cpu") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: cannot be read as safetensors ({error}); {fix}") from None
-    with file as tensors:
-        yield tensors
+
+
+def read_metadata(tensors, path: Path, kinds: dict[str, type], fix: str) -> dict:
+    """{key: value} of the JSON that the metadata of an open safetensors file has under each key, of
+    these types. Raises InputError where it has not."""
+    metadata = tensors.metadata() or {}
+    try:
+        values = {key: json.loads(metadata[key]) for key in kinds}
+    except (KeyError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: damaged metadata ({error}); {fix}") from None
+    for key, kind in kinds.items():
+        require(type(values[key]) is kind, f"{path}: damaged metadata ({key}); {fix}")
+    return values
 
 
 def write_file(path: Path, write) -> None:
@@ -171,7 +188,8 @@ def read_documents(source: str, flag: str = "--data", encoding: str = "utf-8"):
         names = glob.glob("**", root_dir=path, recursive=True)  # leaves hidden ones out
         files = sorted(path / name for name in names if name.endswith(TEXT_SUFFIXES))
     require(
-        path.exists() and files, f"{flag} {source}: no such file, or a folder without {kinds} files"
+        source and path.exists() and files,
+        f"{flag} {source}: no such file, or a folder without {kinds} files",
     )
     for file in files:
         known = file.name.endswith(TEXT_SUFFIXES)

@@ -30,18 +30,21 @@ import report
 import scan
 from budget import DECODING, SCANS, Budget, make_budget
 from config import REMOVED
-from distill import Healing, heal, healed_tokens, tail_names
+from distill import Healing, heal, healing_bytes, tail_names
 from fit import copy_maps, fit_maps
-from hub import C4, InputError, find_model, read_documents, read_json, require
+from hub import C4, InputError, find_model, read_documents, require
 from kernels import FEATURE_MAPS
 from machine import (
     MACHINE_FLAGS,
+    Parser,
     add_flags,
     at_least,
     gather,
     is_main_process,
     pick_dtype,
     rank_and_world,
+    require_disk,
+    require_memory,
     run_program,
     say,
     start_process,
@@ -87,6 +90,9 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     budget = make_budget(model, args, args.batch * args.context, rate)
     args.tokens, args.sequences, args.passkeys = budget.tokens, budget.sequences, budget.passkeys
     settings = healing_settings(model, budget, args)
+    memory, disk = healing_bytes(model, settings)
+    require_memory(memory, args.device, "healing", "give a smaller --context, --batch or --rank")
+    require_disk(disk, out)
     train, valid = read_text(args, tokenizer, model, settings)
 
     # Scan and plan.
@@ -141,7 +147,7 @@ def check_arguments(model: Model, source: Path, tiers: dict, args) -> None:
     n = len(model.layers)
     reach = model.config.max_position_embeddings
     args.keep = round(n / 3) if args.keep is None else args.keep
-    args.plan = args.plan and parse_plan(args.plan, n)
+    args.plan = None if args.plan is None else parse_plan(args.plan, n)
     args.context = min(args.context, reach)
     args.batch = args.batch or rank_and_world()[1]
 
@@ -168,7 +174,7 @@ def check_arguments(model: Model, source: Path, tiers: dict, args) -> None:
         "task" not in args.measure or args.tasks,
         "--measure task: needs a question file; give --tasks FILE",
     )
-    require(not args.scan or Path(args.scan).exists(), f"--scan {args.scan}: no such file")
+    require(args.scan is None or Path(args.scan).is_file(), f"--scan {args.scan}: no such file")
     convert(model, args.plan or "L" * n, **tiers)  # raises InputError
 
 
@@ -363,23 +369,6 @@ def describe_plan(model: Model, plan: str, tiers: dict, layers: list[dict], meas
     return lines
 
 
-def kept(args) -> str:
-    """What a run that was stopped has left in its folder: the same command goes on from there."""
-    if args.prompt is not None:
-        return ""
-    out, parts = Path(args.out), []
-    if (path := out / "scan.json").exists():
-        made = read_json(path)
-        done = scan.count_trials(made["layers"]) / 2
-        parts.append(f"scan of {done:g} of {made.get('of', '?')} layers in {path}")
-    if (path := out / "healing.safetensors").exists():
-        seen, total = healed_tokens(path)
-        parts.append(f"healing of {seen:,} of {total:,} tokens in {path}")
-    if (path := out / "evaluation.json").exists():
-        parts.append(f"{', '.join(read_json(path))} in {path}")
-    return f"; kept: {'; '.join(parts) or 'nothing yet'}"
-
-
 def say_what_next(args) -> None:
     is_tiny = args.model == str(TINY)
     prompt = "It was late in the evening when" if is_tiny else "The history of"
@@ -392,6 +381,13 @@ def generate_text(model: Model, tokenizer: Tokenizer, args) -> None:
     """Streams the continuation of --prompt to the terminal, or says why there is none."""
     ids = tokenizer.encode(args.prompt)
     require(ids, "--prompt is empty; give it some text")
+    reach = model.config.max_position_embeddings
+    require(
+        len(ids) <= reach,
+        f"--prompt: has {len(ids):,} tokens, {args.model} reads {reach:,}; give a shorter one",
+    )
+    needed = cache_bytes(model, len(ids) + args.max_new_tokens)
+    require_memory(needed, args.device, "--max-new-tokens", "give fewer")
     print(args.prompt, end="", flush=True)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
     prompt = torch.tensor([ids], device=model.device)
@@ -418,7 +414,10 @@ def token_count(text: str) -> int:
     """200k, 10M or a plain number."""
     scale = {"k": 1e3, "m": 1e6}.get(text[-1:].lower())
     try:
-        return int(float(text[:-1]) * scale) if scale else int(text)
+        count = int(float(text[:-1]) * scale) if scale else int(text)
+        if count > 0:
+            return count
+        raise ValueError
     except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a number of tokens; write 200k, 10M or 4096"
@@ -444,7 +443,11 @@ FLAGS = {
         "valid": (str, None, "to evaluate on [the last twentieth of --data, held out]"),
         "encoding": report.ENCODING,
         "sequences": (at_least(1), None, "of 1,024 tokens, to evaluate on [2 to 32, by --tokens]"),
-        "passkeys": (at_least(1), None, "hidden numbers to repeat, at each length [5 to 20]"),
+        "passkeys": (
+            at_least(1, int, 10_000),
+            None,
+            "hidden numbers to repeat, a length [5 to 20]",
+        ),
         "tasks": (list, [], "question files to evaluate on [none]"),
     },
     "scan and plan": {
@@ -465,22 +468,22 @@ FLAGS = {
     },
     "healing": {
         "tokens": (token_count, None, "to heal on, as 200k; the rest of the run by it [10M]"),
-        "minutes": (at_least(1e-9, float), None, "for all of the run, in the place of --tokens"),
+        "minutes": (at_least(1e-9, float, 1e6), None, "for all of the run, instead of --tokens"),
         "rank": (at_least(1), 16, "of the adapters"),
-        "lr": (at_least(1e-9, float), 1e-3, "highest learning rate"),
+        "lr": (at_least(1e-9, float, 10.0), 1e-3, "highest learning rate"),
         "context": (at_least(2), 512, "tokens of a training sequence"),
         "batch": (at_least(1), None, "sequences a step, over all processes [one a process]"),
         "activation-checkpointing": (bool, None, "less memory, more time [keep activations]"),
     },
     "generation": {
         "prompt": (str, None, "only continue this text with MODEL"),
-        "max-new-tokens": (at_least(1), 100, "at most so many more tokens"),
-        "temperature": (at_least(0.0, float), 0.7, "0 takes the likeliest token"),
+        "max-new-tokens": (at_least(1, int, 10**6), 100, "at most so many more tokens"),
+        "temperature": (at_least(0.0, float, 100.0), 0.7, "0 takes the likeliest token"),
         "top-k": (at_least(1), None, "draw from the K likeliest tokens [all]"),
-        "top-p": (at_least(1e-9, float), 0.9, "draw from the likeliest P of probability"),
+        "top-p": (at_least(1e-9, float, 1.0), 0.9, "draw from the likeliest P of probability"),
     },
     "machine": {
-        "seed": (int, 0, "of data order, adapters and samples"),
+        "seed": (at_least(0, int, 2**32 - 1), 0, "of data order, adapters and samples"),
         **MACHINE_FLAGS,
         "compile": (
             bool,
@@ -493,7 +496,7 @@ FLAGS = {
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage="python layerboost.py [--model MODEL] [options]",
         description="Makes a pretrained Llama-style model cheaper to serve: scan, plan, convert, "
         "heal, evaluate, save. Without --model: the embedded one, its own text and settings.",
@@ -533,7 +536,11 @@ def run(args) -> None:
 def main(argv=None) -> int:
     args = parse_arguments(argv)
     cpu.enabled = args.compile is not False
-    return run_program("layerboost", lambda: run(args), lambda: kept(args))
+    return run_program(
+        "layerboost",
+        lambda: run(args),
+        lambda: report.kept(args.out) if args.prompt is None else "",
+    )
 
 
 if __name__ == "__main__":

@@ -7,18 +7,23 @@ and they do nothing.
 """
 
 import argparse
+import math
 import os
+import re
+import shutil
 import signal
 import sys
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from hub import InputError
+from hub import InputError, require
 
 BEAT_SECONDS = 2  # between two moves of a bar's clock
 LINE_SECONDS = 30  # between two lines where stderr is no terminal
@@ -101,6 +106,13 @@ def run_program(name: str, run, kept=lambda: "") -> int:
     return code
 
 
+class Parser(argparse.ArgumentParser):
+    """Its errors are one line, as all others."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog.removesuffix('.py')}: {message}\n")
+
+
 class Interrupt:
     """Turns the first Ctrl-C into a request to stop after this step; a second one stops at once."""
 
@@ -119,13 +131,15 @@ class Interrupt:
         say("\nstopping after this step ...")
 
 
-def at_least(least, kind=int):
-    """An argparse type: a number that is `least` or more."""
+def at_least(least, kind=int, most=math.inf):
+    """An argparse type: a number that is `least` or more, and `most` at most."""
 
     def number(text: str):
-        if not kind(text) >= least:
-            raise argparse.ArgumentTypeError(f"{text} is not {least} or more")
-        return kind(text)
+        value = kind(text)
+        if not least <= value <= most:
+            limit = "or more" if most == math.inf else f"to {most}"
+            raise argparse.ArgumentTypeError(f"{text} is not {least} {limit}")
+        return value
 
     return number
 
@@ -205,6 +219,48 @@ def pick_device(name: str | None) -> str:
     if not known:
         raise InputError(f"--device {name}: there is no such device here; use cpu or cuda")
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def available_memory(device: str) -> float:
+    """Bytes that a program can still get; infinity where the system does not tell."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            kibibytes = dict(line.split(":") for line in file)["MemAvailable"].split()[0]
+    except OSError:  # no Linux
+        return math.inf
+    limits = [int(kibibytes) * 1024]
+    with suppress(OSError, ValueError):  # of a container; "max" is none
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cache = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.M)
+        limits.append(limit - used + int(cache[1] if cache else 0))
+    return min(limits)
+
+
+def require_memory(
+    needed: float, device: str, what: str, fix: str = "take a smaller model"
+) -> None:
+    """Raises InputError where `what` needs more bytes than there are."""
+    there = available_memory(device)
+    require(
+        needed <= there,
+        f"{what}: needs {needed / 2**30:,.1f} GiB of memory at least, {there / 2**30:,.1f} are "
+        f"free; {fix}",
+    )
+
+
+def require_disk(needed: float, folder: Path) -> None:
+    """Raises InputError where less is free on the disk of a folder that is to be made."""
+    there = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
+    require(os.access(there, os.W_OK), f"--out {folder}: {there} cannot be written; give another")
+    free = shutil.disk_usage(there).free
+    require(
+        needed <= free,
+        f"--out {folder}: needs {needed / 2**30:,.1f} GiB at least, {free / 2**30:,.1f} are free "
+        "on its disk; make room or give another --out",
+    )
 
 
 def pick_dtype(device: str) -> str:

@@ -24,11 +24,13 @@ start from hidden states after the final norm, and make the logits of a slice of
 answer's positions, alone.
 """
 
+import codecs
 import functools
 import itertools
 import json
 import math
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +42,7 @@ from torch.nn.utils.rnn import pad_sequence
 from attention import linear
 from hub import require
 from kernels import logit_kl, slice_rows
-from machine import progress
+from machine import progress, say
 from model import Model
 from tokenizer import Tokenizer
 
@@ -145,15 +147,14 @@ def text_figures(sums: Tensor, sizes: Tensor, tokens: int) -> dict:
     kl, same = sums[1:] / tokens
     bits = sums[0] / math.log(2)
     bits_per_byte = float(bits.sum() / sizes.sum())
-    perplexity = math.exp(nll.mean())
     errors = {
-        "perplexity": perplexity * standard_error(nll),
+        "perplexity": perplexity(float(nll.mean())) * standard_error(nll),
         "bits_per_byte": standard_error(bits - bits_per_byte * sizes) / float(sizes.mean()),
         "kl": standard_error(kl),
         "agreement": standard_error(same),
     }
     return {
-        "perplexity": perplexity,
+        "perplexity": perplexity(float(nll.mean())),
         "bits_per_byte": bits_per_byte,
         "kl": float(kl.mean()),
         "agreement": float(same.mean()),
@@ -275,15 +276,15 @@ def read_task(path: str) -> list[dict]:
     items: list[dict] = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
-            item = json.loads(line)
-        except ValueError:  # no JSON, or no UTF-8
+            item = json.loads(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+        except (ValueError, RecursionError):  # no JSON, or no UTF-8
             item = None
         kind = task_format(item)
         require(
             kind and kind == task_format(items[0] if items else item),
             f"--tasks {path}: line {number}: give query, choices, gold; or context_options, "
-            "continuation, gold; or context, continuation; texts that are not empty, gold the "
-            "number of one from 0 on, all lines alike",
+            "continuation, gold; or context, continuation; texts that are not empty and have no "
+            "lone surrogates, gold the number of one from 0 on, all lines alike",
         )
         items.append(item)
     require(items, f"--tasks {path}: is empty")
@@ -304,32 +305,62 @@ def task_format(item) -> str | None:
 
 
 def are_texts(*values) -> bool:
-    return all(isinstance(value, str) and value.strip() for value in values)
+    """Lone surrogates, as of an emoji cut in half, are no characters."""
+    return all(
+        isinstance(value, str) and value.strip() and not re.search("[\ud800-\udfff]", value)
+        for value in values
+    )
 
 
-def task_prompts(item: dict, tokenizer: Tokenizer) -> list[Prompt]:
-    """The prompts of one item, one for each choice. Context and answer are encoded together, and
-    the answer is what follows the context's own tokens."""
+def task_prompts(items: list[dict], tokenizer: Tokenizer, reach: int) -> list[list[Prompt]]:
+    """The prompts of each item, one for each choice, for a model of `reach` positions. Of longer
+    ones the beginning is left out, as lm-evaluation-harness does, and a line says so. Raises
+    InputError for an answer that alone is too long, or has no tokens in this vocabulary."""
+    groups = [[encode_pair(*pair, tokenizer) for pair in task_pairs(item)] for item in items]
+    cut = 0
+    for prompts in groups:
+        for i, (context, answer) in enumerate(prompts):
+            require(
+                context and 0 < len(answer) <= reach,
+                f"--tasks: an answer of {len(answer)} tokens after {len(context)}: a model of "
+                f"{reach} positions needs 1 to {reach}, after one at least",
+            )
+            room = reach + 1 - len(answer)  # the last token is only predicted
+            cut += len(context) > room
+            prompts[i] = (context[-room:], answer)
+    if cut:
+        total = sum(map(len, groups))
+        say_once(f"{cut:,} of {total:,} prompts are longer than {reach:,} tokens: cut on the left")
+    return groups
+
+
+say_once = functools.cache(say)
+
+
+def task_pairs(item: dict) -> list[tuple[str, str]]:
+    """Context and answer for each choice; a space parts them where no white space of the answer's
+    own does."""
     if "choices" in item:
         query = item["query"].rstrip()
-        if query.startswith("Question:"):
+        if query.startswith("Question:") and not query.endswith("Answer:"):
             query += "\nAnswer:"
         pairs = [(query, choice) for choice in item["choices"]]
     else:
         contexts = item.get("context_options", [item.get("context")])
         pairs = [(context.rstrip(), item["continuation"]) for context in contexts]
+    return [(context, text if text[0].isspace() else f" {text}") for context, text in pairs]
 
-    prompts = []
-    for context, answer in pairs:
-        ids = tokenizer.encode(f"{context} {answer}", special=False)
-        cut = len(tokenizer.encode(context, special=False))
-        prompts.append((tokenizer.prefix + ids[:cut], ids[cut:]))
-    return prompts
+
+def encode_pair(context: str, answer: str, tokenizer: Tokenizer) -> Prompt:
+    """Both are encoded together; the answer is what follows the context's own tokens."""
+    ids = tokenizer.encode(context + answer, special=False)
+    cut = len(tokenizer.encode(context, special=False))
+    return tokenizer.prefix + ids[:cut], ids[cut:]
 
 
 def task_quality(model: Model, tokenizer: Tokenizer, name: str, items: list[dict]) -> dict:
     """The figures of `task_accuracy` for the items of one file."""
-    by_item = [task_prompts(item, tokenizer) for item in items]
+    by_item = task_prompts(items, tokenizer, model.config.max_position_embeddings)
     scored = iter(score_answers(model, list(itertools.chain(*by_item)), name))
     return task_accuracy(items, [[next(scored) for _ in prompts] for prompts in by_item])
 
@@ -342,7 +373,7 @@ def task_accuracy(items: list[dict], scored: list[list[Scored]]) -> dict:
         return {
             "items": len(items),
             "accuracy": mean(answer.greedy for answer in answers),
-            "perplexity": math.exp(-mean(answer.log_likelihood for answer in answers)),
+            "perplexity": perplexity(-mean(answer.log_likelihood for answer in answers)),
         }
 
     gold = [item["gold"] for item in items]
@@ -351,7 +382,7 @@ def task_accuracy(items: list[dict], scored: list[list[Scored]]) -> dict:
     if "choices" in items[0]:
         per_byte = []
         for item, row in zip(items, values, strict=True):
-            sizes = [len(text.encode()) for text in item["choices"]]
+            sizes = [len(text.lstrip().encode()) for text in item["choices"]]
             per_byte.append([value / size for value, size in zip(row, sizes, strict=True)])
         figures["accuracy_norm"] = share_right(per_byte, gold)
     return figures
@@ -368,6 +399,11 @@ def share_right(values: list[list[float]], gold: list[int]) -> float:
 def mean(values) -> float:
     values = list(values)
     return sum(values) / len(values)
+
+
+def perplexity(nll: float) -> float:
+    """exp(nats a token), held at 1e304: a report is written whatever a model makes of a text."""
+    return math.exp(min(nll, 700.0))
 
 
 def quantile(values, share: float) -> float:

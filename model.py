@@ -30,12 +30,13 @@ from hub import (
     find_model,
     open_safetensors,
     read_json,
+    require,
     save_safetensors,
     write_file,
     write_json,
 )
 from kernels import swiglu
-from machine import progress
+from machine import progress, require_memory
 from tokenizer import load_tokenizer as load_tokenizer  # so that one import serves both
 
 # The parameters and buffers that stay float32 whatever the model's dtype.
@@ -414,8 +415,14 @@ def load_model(
     config = read_config(folder)
     with torch.device("meta"):
         model = Model(config)
+    require_memory(dtype.itemsize * sum(p.numel() for p in model.parameters()), device, str(folder))
 
-    model.load_state_dict(read_weights(folder, model, dtype, device), assign=True)
+    weights = read_weights(folder, model, dtype, device)
+    if "lm_head.weight" in weights and model.lm_head is None:  # it differs from the embedding
+        config.tie_word_embeddings = False
+        with torch.device("meta"):
+            model = Model(config)
+    model.load_state_dict(weights, assign=True)
     model.frequencies = model.frequencies.to(device)
     model.requires_grad_(False).eval()
     if plan is None:
@@ -426,59 +433,81 @@ def load_model(
 
 def read_weights(folder: Path, model: Model, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """The tensors of all safetensors files, one at a time: never two copies of a model in memory.
-    Raises InputError naming the tensors that are missing, unexpected or misshapen."""
-    wanted = dict(model.named_parameters())
+    Of a tied model the head is among them where one is stored that differs from the embedding.
+    Raises InputError naming the tensors that are missing, unexpected, misshapen, stored twice, no
+    floating point numbers, or not finite."""
+    wanted = {name: tuple(x.shape) for name, x in model.named_parameters()}
+    shapes = {"lm_head.weight": wanted["embed_tokens.weight"]} | wanted
     weights: dict[str, Tensor | None] = {}
     wrong = []
     for file in weight_files(folder):
         with open_safetensors(file) as tensors:
-            names = progress(tensors.keys(), desc=f"loading {file.name}")
-            for stored in names:
+            for stored in progress(tensors.keys(), desc=f"loading {file.name}"):
                 name = stored.removeprefix("model.")
-                if name not in wanted:
-                    tied_head = name == "lm_head.weight" and model.lm_head is None
-                    if not tied_head and not name.endswith("rotary_emb.inv_freq"):
-                        wrong.append(f"unexpected {stored}")
+                if name.endswith("rotary_emb.inv_freq"):
                     continue
-
-                shape = tuple(tensors.get_slice(stored).get_shape())
-                if shape != wanted[name].shape:
-                    wrong.append(f"{stored} has shape {shape}, not {tuple(wanted[name].shape)}")
+                fault = tensor_fault(tensors.get_slice(stored), shapes.get(name), name in weights)
+                if fault:
+                    wrong.append(fault.format(stored))
                     weights[name] = None
                     continue
 
                 target = torch.float32 if FLOAT32.search(name) else dtype
-                tensor = torch.empty(shape, dtype=target, device=device)
+                tensor = torch.empty(shapes[name], dtype=target, device=device)
                 weights[name] = tensor.copy_(tensors.get_tensor(stored))
+                # A sum is fast, and finite where all its terms are and it does not overflow.
+                if not tensor.sum().isfinite() and not tensor.isfinite().all():
+                    wrong.append(f"{stored} holds NaN or infinity")
 
+    head = weights.get("lm_head.weight") if model.lm_head is None else None
+    if head is not None:
+        weights.setdefault("embed_tokens.weight", head)
     wrong += [f"missing {name}" for name in wanted if name not in weights]
     if wrong:
         shown = "; ".join(wrong[:6]) + (" ..." if wrong[6:] else "")
         raise InputError(f"{folder}: {len(wrong)} tensors do not fit config.json: {shown}")
+    if head is not None and torch.equal(head, weights["embed_tokens.weight"]):
+        del weights["lm_head.weight"]
     return weights
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the shards that an index names. Raises InputError for one that is
-    missing."""
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.exists():
-        names = set(read_json(index).get("weight_map", {}).values())
+def tensor_fault(tensor, shape: tuple | None, twice: bool) -> str:
+    """What is wrong with a stored tensor, or nothing; {} stands for its name."""
+    if shape is None:
+        return "unexpected {}"
+    if twice:
+        return "{} is stored twice"
+    if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+        return f"{{}} is of type {tensor.get_dtype()}; quantised weights are not supported"
+    stored = tuple(tensor.get_shape())
+    return "" if stored == shape else f"{{}} has shape {stored}, not {shape}"
 
-    files = [folder / name for name in sorted(names)]
+
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors or, where there is none, the shards that an index names. Raises InputError
+    for one that is missing or outside the folder."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if not (folder / names[0]).exists() and index.exists():
+        files = read_json(index).get("weight_map")
+        require(files and isinstance(files, dict), f"{index}: has no weight_map; download it again")
+        for name in files.values():
+            plain = isinstance(name, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", name)
+            require(plain, f"{index}: {name!r:.80} is no .safetensors file of this folder")
+        names = sorted(set(files.values()))
+
+    files = [folder / name for name in names]
     for file in files:
         if not file.exists():
-            other = ""
-            if list(folder.glob("*.bin")):
-                other = " (only safetensors are loaded, never .bin files)"
-            raise InputError(f"{file}: no such file{other}")
+            other = " (.bin files are never loaded)" if list(folder.glob("*.bin")) else ""
+            raise InputError(f"{file}: no such file{other}; download the model again")
     return files
 
 
 def save_model(model: Model, folder: str | Path, source: str | Path) -> None:
     """Writes a folder in the Hub's layout: config.json with the plan and the tier settings,
-    model.safetensors, and the tokenizer files of `source`."""
+    model.safetensors, and the tokenizer files of `source`. Shards and an index that lie there,
+    of another model, are deleted."""
     folder, config = Path(folder), model.config
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -487,6 +516,7 @@ def save_model(model: Model, folder: str | Path, source: str | Path) -> None:
     if raw.get("architectures") == ours:
         del raw["architectures"]
     raw["model_type"] = config.model_type
+    raw["tie_word_embeddings"] = config.tie_word_embeddings
     raw["dtype"] = str(model.norm.weight.dtype).removeprefix("torch.")
     if set(config.plan) != {"S"}:
         # Under another name, so that no other program takes it for an ordinary checkpoint.
@@ -513,3 +543,6 @@ def save_model(model: Model, folder: str | Path, source: str | Path) -> None:
             content = (Path(source) / name).read_bytes()
             write_file(folder / name, lambda path, content=content: path.write_bytes(content))
     write_json(folder / "config.json", raw)
+    for old in folder.glob("model*.safetensors*"):
+        if re.fullmatch(r"model-\d+-of-\d+\.safetensors|model\.safetensors\.index\.json", old.name):
+            old.unlink()

@@ -12,6 +12,7 @@ import itertools
 import json
 import sys
 import zlib
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,12 +21,21 @@ from torch import Tensor
 
 import measure
 from bench import decode_times, format_table
-from distill import Healing
+from distill import Healing, healed_tokens
 from engine import Engine
-from hub import C4, DOCUMENT, read_documents, read_json, require, write_json, write_text
-from machine import MACHINE_FLAGS, add_flags, at_least, pick_device, pick_dtype, run_program, say
+from hub import C4, DOCUMENT, InputError, read_documents, read_json, require, write_json, write_text
+from machine import (
+    MACHINE_FLAGS,
+    Parser,
+    add_flags,
+    at_least,
+    pick_device,
+    pick_dtype,
+    run_program,
+    say,
+)
 from model import Model, cache_bytes, load_model
-from scan import fingerprint
+from scan import count_trials, fingerprint, read_scan
 from tokenizer import Tokenizer, load_tokenizer, pack_sequences
 
 CONTEXT = 1024  # tokens of a sequence, and that each holds where decoding is timed
@@ -86,7 +96,8 @@ def once(path: Path | None, name: str, identity: dict, function, *arguments) -> 
     """function(*arguments), at once written into the file `path` under `name`; what is there
     already, where it was measured under the same identity."""
     kept = read_json(path) if path and path.exists() else {}
-    if kept.get(name, {}).get("identity") != identity:
+    entry = kept.get(name)
+    if not isinstance(entry, dict) or entry.get("identity") != identity or "figures" not in entry:
         kept[name] = {"identity": identity, "figures": function(*arguments)}
         if path:
             write_json(path, kept)
@@ -184,6 +195,29 @@ agreement {converted["agreement"]:.1%} -> {healed["agreement"]:.1%}; {seconds / 
     say(text)
 
 
+def kept(out: str) -> str:
+    """What a run that was stopped has left in its folder: the same command goes on from there."""
+
+    def scanned(path: Path) -> str:
+        made = read_scan(path)
+        return f"scan of {count_trials(made['layers']) / 2:g} of {made.get('of', '?')} layers"
+
+    def healed(path: Path) -> str:
+        return "healing of {:,} of {:,} tokens".format(*healed_tokens(path))
+
+    def evaluated(path: Path) -> str:
+        return ", ".join(read_json(path))
+
+    parts = []
+    files = ("scan.json", scanned), ("healing.safetensors", healed), ("evaluation.json", evaluated)
+    for name, describe in files:
+        path = Path(out) / name
+        if path.exists():
+            with suppress(InputError):  # it is damaged: nothing to go on from
+                parts.append(f"{describe(path)} in {path}")
+    return f"; kept: {'; '.join(parts) or 'nothing yet'}"
+
+
 def continuation(model: Model, tokenizer: Tokenizer, valid: Tensor) -> str:
     """Some words of the validation text as a model goes on with them, on one line; drawn with one
     seed for all models."""
@@ -215,7 +249,7 @@ FLAGS = {
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Measures a model on text, questions and passkeys, beside its original."
     )
     parser.add_argument("model", help="a folder or Hub id")

@@ -116,7 +116,7 @@ def recall_probe(
 
 def task_probe(model: Model, tokenizer: Tokenizer, path: str) -> Probe:
     items = read_task(path)[:TASK_ITEMS]
-    groups = [task_prompts(item, tokenizer) for item in items]
+    groups = task_prompts(items, tokenizer, model.config.max_position_embeddings)
     batches = [pad_prompts(group).to(model.device) for group in groups]
 
     def accuracy(hiddens: list[Tensor]) -> float:
@@ -229,14 +229,40 @@ def count_trials(layers: list[dict]) -> int:
     return sum(map(len, layers))
 
 
+def read_scan(path: Path) -> dict:
+    """A scan file: {"identity": {...}, "layers": [...]}, the layers as `scan` gives them. Raises
+    InputError for one that is damaged."""
+
+    def is_damage(columns) -> bool:
+        numbers = columns.values() if isinstance(columns, dict) else ()
+        return bool(numbers) and all(type(x) in (int, float) and abs(x) < 1e30 for x in numbers)
+
+    def is_row(row) -> bool:
+        return isinstance(row, dict) and "X" in row and not set(row) - {"X", "L"}
+
+    made = read_json(path)
+    layers, identity = made.get("layers"), made.get("identity")
+    rows = layers if isinstance(layers, list) and all(map(is_row, layers)) else []
+    damages = [damage for row in rows for damage in row.values()]
+    require(
+        isinstance(identity, dict)
+        and identity
+        and damages
+        and all(map(is_damage, damages))
+        and all(damage.keys() == damages[0].keys() for damage in damages)
+        and all(len(row) == 2 for row in rows[:-1]),
+        f"{path}: is no scan file, or damaged; delete it and scan again",
+    )
+    return made
+
+
 def check_scan(path: Path, identity: dict, measures: list[str], n: int) -> list[dict]:
     """The layers that a scan file holds, the last one perhaps as X alone. One that was made on
     other text will do, and a line says so. Raises InputError naming the first other thing in which
     it differs from this run: a whole one must have the measures that are asked for, one that is to
     be gone on with no others, and the same sizes."""
     again = "scan again (leave out --scan, or give another --out)"
-    made = read_json(path)
-    require(made.get("identity") and made.get("layers"), f"{path}: is no scan file; {again}")
+    made = read_scan(path)
     made["identity"].setdefault("removed", "nothing")  # as before there were linear maps
     columns = [name for name in MEASURES if name in made["layers"][0]["X"]]
     unfinished = count_trials(made["layers"]) < 2 * n

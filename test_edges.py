@@ -3,12 +3,15 @@ or of a kind that is not supported, the Hub out of reach, flags that do not fit 
 in one line that names the file or flag and the fix, or in a slower way to the same result.
 """
 
+import dataclasses
 import functools
 import gzip
 import io
 import itertools
 import json
 import os
+import re
+import resource
 import shutil
 import stat
 import subprocess
@@ -17,9 +20,11 @@ import time
 from pathlib import Path
 
 import huggingface_hub
+import hypothesis
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import bench
@@ -259,35 +264,469 @@ def test_layers_past_the_room_of_their_cache_stop(llama):
         model.run_layers(torch.randn(1, 1, 48), 0, 3, cache)
 
 
+# --- bad input, a line each ----------------------------------------------------------------------
+
+
+def config_with(**change):
+    """Damages config.json; ... takes a field out."""
+
+    def damage(folder: Path) -> str:
+        path = folder / "model/config.json"
+        content = json.loads(path.read_text()) | change
+        kept = {name: value for name, value in content.items() if value is not ...}
+        path.write_text(json.dumps(kept))
+        return "--prompt a"
+
+    return damage
+
+
+def weights_with(change):
+    """change(weights) in place, or bytes in the place of model.safetensors."""
+
+    def damage(folder: Path) -> str:
+        path = folder / "model/model.safetensors"
+        if isinstance(change, bytes):
+            path.write_bytes(change)
+            return "--prompt a"
+        weights = load_file(path)
+        change(weights)
+        save_file(weights, path)
+        return "--prompt a"
+
+    return damage
+
+
+def index_with(weight_map):
+    def damage(folder: Path) -> str:
+        (folder / "model/model.safetensors").rename(folder / "model/part.safetensors")
+        shutil.copy(folder / "model/part.safetensors", folder / "model/again.safetensors")
+        content = json.dumps({"weight_map": weight_map})
+        (folder / "model/model.safetensors.index.json").write_text(content)
+        return "--prompt a"
+
+    return damage
+
+
+def file_with(name: str, content, flags: str):
+    """A file beside the model's folder, which the flags name as {}."""
+
+    def damage(folder: Path) -> str:
+        content_bytes = content if isinstance(content, bytes) else content.encode()
+        (folder / name).write_bytes(content_bytes)
+        return flags.format(folder / name)
+
+    return damage
+
+
+def changed(name: str, change):
+    """change(tensor) stands for one of the weights."""
+
+    def change_weights(weights: dict) -> None:
+        weights[name] = change(weights[name])
+
+    return weights_with(change_weights)
+
+
+NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
+CHOICES = {"query": "why", "choices": ["a", "b"], "gold": 1}
+OPTIONS = {"context_options": ["The cat", "The dog"], "continuation": "ran", "gold": 0}
+LAST = {"context": "I saw a", "continuation": "dog"}
+
+
+def questions(first, second):
+    content = f"{json.dumps(first)}\n{json.dumps(second)}\n"
+    return file_with("bad.jsonl", content, "--tasks {}"), "bad.jsonl: line 2: give query"
+
+
+def scan_file(content: str):
+    return file_with("s.json", content, "--scan {} --measure kl"), "s.json: "
+
+
+BAD_CONFIGS = [
+    ({"model_type": "gpt_neox"}, "model_type 'gpt_neox' is not supported"),
+    ({"model_type": ...}, "model_type None is not supported"),
+    ({"model_type": ["llama"]}, "model_type ['llama'] is not supported"),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+    ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported"),
+    ({"quantization_config": {}}, "quantised"),
+    ({"vocab_size": ...}, "'vocab_size' is missing"),
+    ({"hidden_size": None}, "'hidden_size' is missing"),
+    (
+        {"vocab_size": 10**12},
+        "vocab_size is 1000000000000; give a whole number from 1 to 16,777,216",
+    ),
+    ({"hidden_size": "48"}, "hidden_size is '48'; give a whole number"),
+    ({"hidden_size": 48.0}, "hidden_size is 48.0"),
+    ({"hidden_size": -48}, "hidden_size is -48"),
+    ({"intermediate_size": 0}, "intermediate_size is 0"),
+    ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000"),
+    ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+    ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ({"num_attention_heads": 5}, "hidden_size 48 is no multiple of num_attention_heads 5"),
+    ({"num_key_value_heads": 3}, "4 is no multiple of num_key_value_heads 3"),
+    ({"head_dim": 7}, "head_dim is 7; rotary embeddings need an even number"),
+    ({"head_dim": [12]}, "head_dim is [12]"),
+    ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+    ({"rms_norm_eps": "1e-05"}, "rms_norm_eps is '1e-05'; give a number"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+    ({"rms_norm_eps": {}}, "rms_norm_eps is {}"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; give true or false"),
+    ({"attention_bias": 1}, "attention_bias is 1"),
+    ({"sliding_window": "16"}, "sliding_window is '16'"),
+    (
+        {"model_type": "mistral", "sliding_window": 16, "layer_types": ["chunked_attention"] * 3},
+        "layer_types: give 3 of full_attention and sliding_attention",
+    ),
+    ({"eos_token_id": 704}, "eos_token_id is 704; give ids below vocab_size 704"),
+    ({"eos_token_id": ["2"]}, "eos_token_id is ['2']"),
+    ({"layerboost": "SSS"}, "\"layerboost\" is 'SSS'"),
+    ({"layerboost": {"plan": 5}}, '"layerboost": plan is 5; give a text'),
+    ({"layerboost": {"plan": "SQ"}}, "give 3 letters"),
+    ({"layerboost": {"window": "64"}}, "window is '64'"),
+    ({"layerboost": {"removed": "zeros"}}, "use linear or nothing"),
+    ({"layerboost": {"feature_map": "cosine"}}, "use one of"),
+]
+BAD_WEIGHTS = [
+    (weights_with(b"not safetensors"), "model.safetensors: cannot be read as safetensors"),
+    (weights_with(b"\xff" * 8), "model.safetensors: cannot be read as safetensors"),
+    (weights_with(lambda w: w.pop(NORM)), "1 tensors do not fit config.json: missing norm.weight"),
+    (weights_with(lambda w: w.pop("lm_head.weight")), "missing lm_head.weight"),
+    (weights_with(lambda w: w.update(more=torch.zeros(1))), "unexpected more"),
+    (weights_with(lambda w: w.update({"\x1b]0;": torch.zeros(1)})), r"unexpected \x1b]0;"),
+    (weights_with(lambda w: w.update({NORM[6:]: w[NORM].clone()})), "is stored twice"),
+    (changed(NORM, lambda x: x[:3].clone()), f"{NORM} has shape (3,), not (48,)"),
+    (changed(NORM, torch.Tensor.int), f"{NORM} is of type I32; quantised weights"),
+    (changed(EMBEDDING, lambda x: x.to(torch.float8_e4m3fn)), f"{EMBEDDING} is of type F8_E4M3"),
+    (changed(EMBEDDING, lambda x: x / 0), f"{EMBEDDING} holds NaN or infinity"),
+    (changed(NORM, lambda x: x.double() * 1e300), f"{NORM} holds NaN or infinity"),
+    (index_with({"a": "missing.safetensors"}), "missing.safetensors: no such file"),
+    (index_with({"a": "../model/part.safetensors"}), "is no .safetensors file of this folder"),
+    (index_with({"a": "/etc/part.safetensors"}), "is no .safetensors file of this folder"),
+    (index_with({"a": 5}), "5 is no .safetensors file of this folder"),
+    (index_with({"a": "part.safetensors", "b": "again.safetensors"}), "is stored twice"),
+    (index_with({}), "has no weight_map"),
+    (index_with(["part.safetensors"]), "has no weight_map"),
+]
+BAD_FILES = [
+    (file_with("model/config.json", "[]", ""), "config.json: holds no JSON object"),
+    (file_with("model/config.json", "{", ""), "config.json: not valid JSON"),
+    (file_with("model/config.json", b"\xff", ""), "config.json: not valid JSON"),
+    (file_with("model/config.json", "[" * 100_000, ""), "config.json: not valid JSON (maximum"),
+    (file_with("model/config.json", "9" * 5000, ""), "config.json: not valid JSON (Exceeds"),
+    (file_with("model/generation_config.json", "{", ""), "generation_config.json: not valid JSON"),
+    (file_with("a.jsonl", '{"text": 5}', "--data {}"), "a.jsonl: line 1: not a JSON object"),
+    (file_with("a.json.gz", gzip.compress(b'[{"text": "a"}]'), "--data {}"), "a.json.gz: line 1: "),
+    (file_with("a.jsonl.gz", gzip.compress(b"{}")[:-9], "--data {}"), "gzip that was cut short"),
+    (file_with("a.txt", "", "--data {}"), "a.txt: too little text: it has 0 tokens"),
+    (file_with("a.txt", "é".encode("cp1252"), "--data {}"), "byte 0 (0xe9) is not utf-8"),
+    (file_with("a.csv", "text", "--data {}"), "a.csv: give one of .txt"),
+    (file_with("a.jsonl", "", "--tasks {}"), "a.jsonl: is empty"),
+    (file_with("a.jsonl", "{", "--tasks {}"), "a.jsonl: line 1: give query"),
+    (file_with("a.jsonl", "[" * 100_000, "--tasks {}"), "a.jsonl: line 1: give query"),
+    questions(LAST, {"question": 1}),
+    questions(LAST, 5),
+    questions(LAST, CHOICES),
+    questions(LAST, LAST | {"continuation": ""}),
+    questions(LAST, LAST | {"continuation": 4}),
+    questions(LAST, LAST | {"context": " "}),
+    questions(CHOICES, CHOICES | {"gold": 2}),
+    questions(CHOICES, CHOICES | {"gold": "1"}),
+    questions(CHOICES, CHOICES | {"choices": [3, 4]}),
+    questions(CHOICES, CHOICES | {"choices": ["bl\ud83d", "red"]}),
+    questions(OPTIONS, OPTIONS | {"context_options": "The cat"}),
+    scan_file("{}"),
+    scan_file('{"identity": {"window": 16}, "layers": [{"X": 5}]}'),
+    scan_file('{"identity": {"window": 16}, "layers": [{"X": {"kl": 1.0}}, {"X": {}}]}'),
+    scan_file('{"identity": {"window": 16}, "layers": [{"X": {"kl": NaN}, "L": {"kl": 1}}]}'),
+    scan_file('{"identity": [], "layers": [{"X": {"kl": 1.0}, "L": {"kl": 1.0}}]}'),
+]
+BAD_FLAGS = [
+    ("--keep 3 --drop 1", "--keep 3 --drop 1: 3 layers to keep and 1 to drop are more than"),
+    ("--keep 50", "--keep 50: 50 layers to keep and 0 to drop are more than the 3"),
+    ("--drop 3", "--drop 3: 1 layers to keep and 3 to drop"),
+    ("--plan SL", "give 3 letters"),
+    ("--plan uniform:Q", "give 3 letters"),
+    ("--plan=", "give 3 letters"),
+    ("--feature-map cosine", "--feature-map 'cosine'"),
+    ("--window 0 --feature-map none", "would see nothing"),
+    ("--window -1", "--window and --sinks"),
+    ("--window 1234567890123", "--window and --sinks: give numbers of tokens, 0 to 1,048,576"),
+    ("--measure task", "--tasks FILE"),
+    ("--tasks nowhere.jsonl", "nowhere.jsonl: No such file"),
+    ("--tokens 100", "give at least as many"),
+    ("--data nowhere", "--data nowhere"),
+    ("--data=", "--data : no such file"),
+    ("--model ./nowhere", "./nowhere: no such folder"),
+    ("--scan nowhere.json", "--scan nowhere.json: no such file"),
+    ("--scan=", "--scan : no such file"),
+    ("--prompt=", "--prompt is empty"),
+    ("--prompt " + "word" * 1000, "--prompt: has "),
+    ("--device meta", "--device meta"),
+    ("--encoding utf-9", "--encoding utf-9: unknown; give cp1252"),
+    ("--rank 1000000000", "healing: needs "),
+    ("--tokens ten", "'ten' is not a number of tokens; write 200k, 10M or 4096"),
+    ("--tokens infM", "'infM' is not a number of tokens"),
+    ("--tokens k", "'k' is not a number of tokens"),
+    ("--tokens 0", "'0' is not a number of tokens"),
+    ("--tokens=-5k", "'-5k' is not a number of tokens"),
+    ("--tokens 36k --minutes 10", "--tokens and --minutes: give one of them"),
+    ("--minutes 0", "--minutes: 0 is not"),
+    ("--minutes inf", "--minutes: inf is not"),
+    ("--sequences 0", "--sequences: 0 is not 1 or more"),
+    ("--passkeys 1000000000", "--passkeys: 1000000000 is not 1 to 10000"),
+    ("--keep -1", "--keep: -1 is not 0 or more"),
+    ("--keep many", "--keep: invalid number value: 'many'"),
+    ("--measure luck", "--measure: 'luck': give kl, recall, task"),
+    ("--batch 0", "--batch: 0 is not 1 or more"),
+    ("--context 1", "--context: 1 is not 2 or more"),
+    ("--rank 0", "--rank: 0 is not 1 or more"),
+    ("--lr nan", "--lr: nan is not"),
+    ("--lr inf", "--lr: inf is not"),
+    ("--window 1.5", "--window: invalid int value: '1.5'"),
+    ("--prompt a --top-k -1", "--top-k: -1 is not 1 or more"),
+    ("--prompt a --top-p 1.5", "--top-p: 1.5 is not"),
+    ("--prompt a --temperature nan", "--temperature: nan is not"),
+    ("--prompt a --max-new-tokens 1000000000000", "--max-new-tokens: 1000000000000 is not"),
+    ("--dtype int8", "bfloat16"),
+    ("--planner luck", "paper"),
+    ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
+]
+BAD_INPUT = [
+    *((config_with(**change), message) for change, message in BAD_CONFIGS),
+    *BAD_WEIGHTS,
+    *BAD_FILES,
+    *((lambda folder, flags=flags: flags, message) for flags, message in BAD_FLAGS),
+]
+
+
+@pytest.mark.parametrize(
+    "damage,message", BAD_INPUT, ids=[f"{i}: {message}" for i, (_, message) in enumerate(BAD_INPUT)]
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    damage, message, llama, text, tmp_path, capsys, monkeypatch
+):
+    """The line names what is wrong; nothing is written."""
+    monkeypatch.setattr(machine, "LINE_SECONDS", float("inf"))  # no bar among the lines
+    shutil.copytree(llama, tmp_path / "model")
+    flags = damage(tmp_path).split()
+    try:
+        code = layerboost.main(short_run(tmp_path / "model", text, tmp_path / "out", *flags))
+    except SystemExit as stopped:
+        code = stopped.code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert code == 2 and message in line
+    assert not list(tmp_path.glob("out/**/*")) and not list(tmp_path.glob("**/*.partial"))
+
+
+# --- fuzz ----------------------------------------------------------------------------------------
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=4,
+)
+
+
+def places(content) -> list[tuple]:
+    """(parent, key) of all that a JSON value holds."""
+    found, waiting = [], [content]
+    for parent in waiting:
+        inside = parent.items() if isinstance(parent, dict) else enumerate(parent)
+        for key, value in inside:
+            found.append((parent, key))
+            waiting += [value] if isinstance(value, (dict, list)) else []
+    return found
+
+
+@st.composite
+def damaged_json(draw, text: str):
+    """A JSON text of which up to three places are taken out or hold something else."""
+    content = json.loads(text)
+    for _ in range(draw(st.integers(1, 3))):
+        if found := places(content):
+            parent, key = draw(st.sampled_from(found))
+            if draw(st.booleans()):
+                parent[key] = draw(ANY_JSON)
+            else:
+                del parent[key]
+    return json.dumps(content).encode()
+
+
+@st.composite
+def damaged_bytes(draw, content: bytes, head: int):
+    """Bytes of which up to four of the first `head` differ, or the end is missing."""
+    changed = bytearray(content)
+    for _ in range(draw(st.integers(0, 4))):
+        changed[draw(st.integers(0, head - 1))] = draw(st.integers(0, 255))
+    return bytes(changed[: draw(st.integers(0, len(content)) | st.just(len(content)))])
+
+
+def small_checkpoint(path: Path) -> bytes:
+    """A checkpoint's metadata, and a tensor."""
+    identity = dataclasses.asdict(distill.Healing(2048, context=512))
+    state = {"step": 2, "curve": {"train": [], "valid": []}, "identity": identity}
+    metadata = {name: json.dumps(value) for name, value in state.items()}
+    save_file({"x": torch.zeros(3)}, path, metadata=metadata)
+    return path.read_bytes()
+
+
+SCAN = {"identity": {"window": 8}, "of": 2, "layers": [{"X": {"kl": 1.0}, "L": {"kl": 0.5}}] * 2}
+FUZZED = ("config", "layerboost", "index", "header", "weights", "checkpoint", "scan", "tasks")
+
+
+def fuzz_target(kind: str, llama: Path, folder: Path):
+    """The file that is damaged, a strategy for its content, and what reads it."""
+    shutil.copytree(llama, folder, dirs_exist_ok=True)
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    content = weights.read_bytes()
+    if kind in ("config", "layerboost"):
+        raw = json.loads(config.read_text())
+        del raw["rope_theta"]
+        boosted = {"plan": "SSS", "removed": "linear", "window": 8, "healed_context": 9}
+        more = {"sliding_window": 4, "use_sliding_window": True, "head_dim": 12}
+        raw |= {"layerboost": boosted} if kind == "layerboost" else more
+        return config, damaged_json(json.dumps(raw)), lambda: load_model(str(folder))
+    if kind == "index":
+        index = folder / "model.safetensors.index.json"
+        names = dict.fromkeys(load_file(weights), "part.safetensors")
+        weights.rename(folder / "part.safetensors")
+        strategy = damaged_json(json.dumps({"metadata": {}, "weight_map": names}))
+        return index, strategy, lambda: load_model(str(folder))
+    if kind == "header":
+        size = int.from_bytes(content[:8], "little")
+        header = damaged_json(content[8 : 8 + size].decode())
+        strategy = header.map(lambda x: len(x).to_bytes(8, "little") + x + content[8 + size :])
+        return weights, strategy, lambda: load_model(str(folder))
+    if kind == "weights":
+        return weights, damaged_bytes(content, 400), lambda: load_model(str(folder))
+    if kind == "checkpoint":
+        path = folder / "healing.safetensors"
+        content = small_checkpoint(path)
+        return path, damaged_bytes(content, len(content)), lambda: distill.healed_tokens(path)
+    if kind == "scan":
+        path = folder / "scan.json"
+        read = functools.partial(scan_module.check_scan, path, {"window": 8}, ["kl"], 2)
+        return path, damaged_json(json.dumps(SCAN)), read
+    path = folder / "task.jsonl"
+    items = damaged_json(json.dumps(CHOICES)) | damaged_json(json.dumps(OPTIONS))
+    prompts = functools.partial(measure.task_prompts, tokenizer=load_tokenizer(str(llama)), reach=9)
+    return path, items, lambda: prompts(measure.read_task(str(path)))
+
+
+@pytest.mark.parametrize("examples", [25, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", FUZZED)
+def test_a_damaged_file_is_read_or_refused_in_one_line(kind, examples, llama, tmp_path, capsys):
+    """Nothing but InputError, no memory beyond that of the file and a model of this size."""
+    path, strategy, read = fuzz_target(kind, llama, tmp_path)
+    load_model(str(llama))  # the first one imports some of torch
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    @hypothesis.settings(
+        max_examples=examples,
+        deadline=5000,
+        database=None,
+        derandomize=examples < 100,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=[hypothesis.Phase.generate],
+    )
+    @hypothesis.given(strategy)
+    def run(content: bytes) -> None:
+        path.write_bytes(content)
+        try:
+            read()
+        except InputError as error:
+            assert "\n" not in str(error) and len(str(error)) < 2000
+        except OSError as error:
+            assert error.filename
+
+    run()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB
+
+
+def test_nothing_executes_what_lies_in_a_folder():
+    """No pickle, no eval, no import of a folder's code."""
+    forbidden = re.compile(
+        r"pickle|torch\.load\b|(?<![.\w])(eval|exec|compile|__import__)\(|importlib|marshal|"
+        r"trust_remote_code|yaml|os\.system|shell=True"
+    )
+    for path in HERE.glob("*.py"):
+        if not path.name.startswith("test_"):
+            assert not forbidden.findall(path.read_text(encoding="utf-8")), path.name
+
+
 # --- a model's files -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "change,message",
-    [
-        ({"model_type": "gpt_neox"}, "model_type 'gpt_neox' is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
-        ({"rope_scaling": {"type": "linear"}}, "needs 'factor'"),
-        ({"quantization_config": {}}, "quantised"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    ],
-)
-def test_configs_that_are_not_supported_say_so(change, message, tmp_path):
-    content = SMALL | CONFIGS["llama"] | change
+def test_nulls_and_other_spellings_that_do_no_harm_are_read(tmp_path):
+    content = SMALL | CONFIGS["llama"]
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=message):
-        read_config(tmp_path)
+    plain = read_config(tmp_path)
+    names = "num_key_value_heads head_dim quantization_config attention_bias mlp_bias layerboost"
+    names += " sliding_window use_sliding_window max_window_layers layer_types rope_scaling"
+    content |= dict.fromkeys(names.split()) | {"hidden_act": "swish", "num_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert dataclasses.replace(read_config(tmp_path), raw=plain.raw) == plain
 
 
-@pytest.mark.parametrize(
-    "content,message",
-    [("[]", "no JSON object"), ("{", "not valid JSON"), ('{"model_type": "llama"}', "missing")],
-)
-def test_damaged_configs_say_so(content, message, tmp_path):
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(InputError, match=f"config.json: .*{message}"):
-        read_config(tmp_path)
+def test_a_stored_head_of_a_tied_model_is_used_where_it_differs(tmp_path):
+    """As transformers 5 does; one stored alone is the embedding, too."""
+    folder = write_model(tmp_path / "tied", CONFIGS["llama"] | {"tie_word_embeddings": True})
+    weights = load_file(folder / "model.safetensors")
+    tied = load_model(str(folder))
+    ids = torch.arange(9)[None]
+
+    for stored in (
+        weights | {"lm_head.weight": weights[EMBEDDING].clone()},
+        {name: x for name, x in weights.items() if name != EMBEDDING}
+        | {"lm_head.weight": weights[EMBEDDING]},
+    ):
+        save_file(stored, folder / "model.safetensors")
+        model = load_model(str(folder))
+        assert model.lm_head is None and torch.equal(model(ids), tied(ids))
+
+    save_file(weights | {"lm_head.weight": -weights[EMBEDDING]}, folder / "model.safetensors")
+    untied = load_model(str(folder))
+    torch.testing.assert_close(untied(ids), -tied(ids))
+    save_model(untied, tmp_path / "saved", folder)
+    assert torch.equal(load_model(str(tmp_path / "saved"))(ids), untied(ids))
+
+
+def test_a_saved_model_leaves_no_shards_of_another(llama, tmp_path):
+    """model.safetensors is read where there is one, as transformers does; saving deletes the shards
+    and the index that lie beside it, and no other file."""
+    write_model(tmp_path, CONFIGS["llama"], shards=3)
+    (tmp_path / "notes.safetensors").write_bytes(b"")
+    model = load_model(str(llama))
+    index = tmp_path / "model.safetensors.index.json"
+    stale = index.read_bytes()
+    save_model(model, tmp_path, llama)
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors*")) == [
+        "model.safetensors",
+        "notes.safetensors",
+    ]
+    index.write_bytes(stale)
+    assert torch.equal(load_model(str(tmp_path)).norm.weight, model.norm.weight)
+
+
+def test_too_little_memory_or_disk_is_said_with_both_numbers(
+    llama, text, tmp_path, monkeypatch, capsys
+):
+    flags = short_run(llama, text, tmp_path / "out")
+    monkeypatch.setattr(machine, "available_memory", lambda device: 1000)
+    assert layerboost.main(flags) == 2
+    needs = f"{llama}: needs 0.0 GiB of memory at least, 0.0 are free; take a smaller model"
+    assert capsys.readouterr().err == f"layerboost: {needs}\n"
+    monkeypatch.undo()
+
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert layerboost.main(flags) == 2
+    error = capsys.readouterr().err
+    assert f"--out {tmp_path}/out: needs 0.0 GiB at least, 0.0 are free on its disk" in error
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert layerboost.main(flags) == 2
+    assert f"{tmp_path} cannot be written; give another" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_end_of_a_text_is_that_of_generation_config_where_it_has_one(tmp_path):
@@ -333,7 +772,7 @@ def test_files_that_hold_no_weights_say_so(tmp_path):
         load_model(str(folder))
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(InputError, match="never .bin files"):
+    with pytest.raises(InputError, match=".bin files are never loaded"):
         load_model(str(folder))
 
 
@@ -500,33 +939,6 @@ def test_lines_without_text_are_skipped_and_counted(tmp_path, capsys):
     assert note == f"--data {path}: skipped 4 of 6 lines, which have no `text`"
 
 
-CHOICES = {"query": "why", "choices": ["a", "b"], "gold": 1}
-OPTIONS = {"context_options": ["The cat", "The dog"], "continuation": "ran", "gold": 0}
-LAST = {"context": "I saw a", "continuation": "dog"}
-
-
-@pytest.mark.parametrize(
-    "first,second",
-    [
-        (LAST, {"question": 1}),
-        (LAST, 5),
-        (LAST, CHOICES),
-        (LAST, LAST | {"continuation": ""}),
-        (LAST, LAST | {"continuation": 4}),
-        (LAST, LAST | {"context": " "}),
-        (CHOICES, CHOICES | {"gold": 2}),
-        (CHOICES, CHOICES | {"gold": "1"}),
-        (CHOICES, CHOICES | {"choices": [3, 4]}),
-        (OPTIONS, OPTIONS | {"context_options": "The cat"}),
-    ],
-)
-def test_a_question_that_is_in_no_format_is_named_by_its_line(first, second, tmp_path):
-    path = tmp_path / "bad.jsonl"
-    path.write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
-    with pytest.raises(InputError, match="bad.jsonl: line 2"):
-        measure.read_task(str(path))
-
-
 def test_question_files(tmp_path):
     path = tmp_path / "task.jsonl"
     path.write_text("{")
@@ -548,61 +960,6 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 
 # --- flags ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "flags,message",
-    [
-        ("--keep 3 --drop 1", "--keep 3 --drop 1: 3 layers to keep and 1 to drop are more than"),
-        ("--keep 50", "layerboost: --keep 50: 50 layers to keep and 0 to drop are more than the 3"),
-        ("--drop 3", "layerboost: --drop 3: 1 layers to keep and 3 to drop"),
-        ("--plan SL", "give 3 letters"),
-        ("--plan uniform:Q", "give 3 letters"),
-        ("--feature-map cosine", "--feature-map 'cosine'"),
-        ("--window 0 --feature-map none", "would see nothing"),
-        ("--window -1", "--window and --sinks"),
-        ("--measure task", "--tasks FILE"),
-        ("--tasks nowhere.jsonl", "nowhere.jsonl: No such file"),
-        (f"--tasks {os.devnull}", "is empty"),
-        ("--tokens 100", "give at least as many"),
-        ("--data nowhere", "--data nowhere"),
-        ("--model ./nowhere", "./nowhere: no such folder"),
-        ("--scan nowhere.json", "--scan nowhere.json"),
-        ("--prompt=", "--prompt is empty"),
-        ("--device meta", "--device meta"),
-        ("--encoding utf-9", "--encoding utf-9: unknown; give cp1252"),
-    ],
-)
-def test_bad_flags_are_one_line_and_exit_code_2(flags, message, llama, text, tmp_path, capsys):
-    assert layerboost.main(short_run(llama, text, tmp_path / "out", *flags.split())) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("layerboost: ") and message in error
-
-
-@pytest.mark.parametrize(
-    "flags,message",
-    [
-        ("--tokens ten", "'ten' is not a number of tokens; write 200k, 10M or 4096"),
-        ("--tokens infM", "'infM' is not a number of tokens"),
-        ("--tokens k", "'k' is not a number of tokens"),
-        ("--tokens 36k --minutes 10", "--tokens and --minutes: give one of them"),
-        ("--minutes 0", "--minutes: 0 is not"),
-        ("--sequences 0", "--sequences: 0 is not 1 or more"),
-        ("--keep -1", "--keep: -1 is not 0 or more"),
-        ("--measure luck", "--measure: 'luck': give kl, recall, task"),
-        ("--batch 0", "--batch: 0 is not 1 or more"),
-        ("--context 1", "--context: 1 is not 2 or more"),
-        ("--rank 0", "--rank: 0 is not 1 or more"),
-        ("--lr nan", "--lr: nan is not"),
-        ("--prompt a --temperature 1 --top-k -1", "--top-k: -1 is not 1 or more"),
-        ("--dtype int8", "bfloat16"),
-        ("--planner luck", "paper"),
-    ],
-)
-def test_flags_that_are_no_values_show_what_is_one(flags, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        layerboost.main(flags.split())
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -727,7 +1084,7 @@ def test_a_scan_that_found_no_damage_is_drawn():
 
 def test_a_broken_model_stops_the_scan(llama, text, tmp_path, capsys):
     model = load_model(str(llama))
-    model.layers[1].mlp.down_proj.weight.fill_(torch.nan)
+    model.layers[1].mlp.down_proj.weight.fill_(3e38)
     save_model(model, tmp_path / "broken", llama)
     flags = short_run(tmp_path / "broken", text, tmp_path / "out", "--measure", "kl")
     assert layerboost.main(flags) == 1
@@ -755,6 +1112,12 @@ def test_ctrl_c_says_what_is_kept_and_nothing_is_done_again(
     flags = short_run(llama, text, tmp_path, "--measure", "kl", "--tokens", "1k")
     run_until(monkeypatch, layerboost, "load_tokenizer", 1, flags)
     assert capsys.readouterr().err == "layerboost: stopped; kept: nothing yet\n"
+    for name in ("scan.json", "healing.safetensors", "evaluation.json"):  # damaged
+        (tmp_path / name).write_text("{")
+    run_until(monkeypatch, layerboost, "load_tokenizer", 1, flags)
+    assert capsys.readouterr().err == "layerboost: stopped; kept: nothing yet\n"
+    for name in ("scan.json", "healing.safetensors", "evaluation.json"):
+        (tmp_path / name).unlink()
 
     run_until(monkeypatch, scan_module, "write_json", 4, flags)  # the fourth trial is lost
     scanned = f"scan of 1.5 of 3 layers in {tmp_path}/scan.json"

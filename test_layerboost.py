@@ -1570,7 +1570,7 @@ def test_questions_are_asked_and_judged_in_three_formats(llama):
     tokenizer = load_tokenizer(str(llama))
 
     def shown(item):
-        prompts = measure.task_prompts(item, tokenizer)
+        (prompts,) = measure.task_prompts([item], tokenizer, 512)
         return [
             (tokenizer.decode(context), tokenizer.decode(answer)) for context, answer in prompts
         ]
@@ -1585,6 +1585,11 @@ def test_questions_are_asked_and_judged_in_three_formats(llama):
     figures = judged([question], [(-2.0, False), (-4.0, False)])
     assert figures == {"items": 1, "accuracy": 0, "accuracy_norm": 1}  # per byte the second wins
 
+    # What brings its own separator, or asks for the answer itself, is asked alike.
+    given = {"query": "Question: why\nAnswer: ", "choices": [" a", " because it is so"], "gold": 1}
+    assert shown(given) == shown(question)
+    assert judged([given], [(-2.0, False), (-4.0, False)]) == figures
+
     options = {"context_options": ["The cat", "The dog"], "continuation": "ran", "gold": 0}
     assert shown(options) == [("The cat", " ran"), ("The dog", " ran")]
     assert judged([options], [(-1.0, False), (-2.0, False)]) == {"items": 1, "accuracy": 1}
@@ -1594,6 +1599,22 @@ def test_questions_are_asked_and_judged_in_three_formats(llama):
     figures = judged([last, last], [(-1.0, True)], [(-3.0, False)])
     perplexity = pytest.approx(math.exp(2.0))
     assert figures == {"items": 2, "accuracy": 0.5, "perplexity": perplexity}
+    assert math.isfinite(judged([last], [(-1e6, False)])["perplexity"])
+
+
+def test_prompts_beyond_the_positions_of_a_model_are_cut_on_the_left(llama, capsys):
+    """As lm-evaluation-harness does: the last `reach` tokens are read, the answer's last one is
+    only predicted."""
+    tokenizer = load_tokenizer(str(llama))
+    items = [
+        {"context": "a b c " * 20, "continuation": "dog"},
+        {"context": "a", "continuation": "b"},
+    ]
+    whole, short = (prompts[0] for prompts in measure.task_prompts(items, tokenizer, 512))
+    for _ in range(2):
+        (cut,), (same,) = measure.task_prompts(items, tokenizer, 16)
+        assert cut == (whole[0][-(17 - len(whole[1])) :], whole[1]) and same == short
+    assert capsys.readouterr().out == "1 of 2 prompts are longer than 16 tokens: cut on the left\n"
 
 
 def test_passkeys_are_hidden_where_they_should_be(llama):
