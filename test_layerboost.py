@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import attention
 import bench
 import cpu
 import distill
@@ -1792,6 +1793,80 @@ def test_the_whole_story(llama, text, tmp_path, capsys):
     figures = last_report(report_module, f"{measure_again} --sequences 4 --passkeys 5", capsys)
     assert figures["model"]["kl"] == pytest.approx(report["healed"]["kl"], rel=1e-3)
     assert figures["base"]["kl"] == 0
+
+
+class MeanCache:
+    def __init__(self, total: torch.Tensor):
+        self.total = total  # (B, G, D), of the values so far
+
+
+class MeanPooling(SoftmaxAttention):
+    """A tier of somebody else's, M: the mean of all values so far."""
+
+    def __init__(self, config, layer: int):
+        super().__init__(config, layer)
+        del self.q_proj, self.k_proj
+
+    def forward(self, x, rotary, cache=None, positions=None, new=None):
+        c, end = self.config, torch.arange(1, x.shape[1] + 1)[:, None]
+        value = self.v_proj(x).float().unflatten(-1, (-1, c.head_dim))  # (B, T, G, D)
+        if new is not None:
+            value = value * (end <= new[:, None, None])[..., None]
+        total = value.cumsum(1)
+        if cache is not None:
+            total = total + cache.total[:, None]
+            cache.total.copy_(total[:, -1])
+            end = end + positions[:, None, None]
+        mean = (total / end[..., None]).to(x.dtype)  # (B, T, G, D)
+        heads = mean.repeat_interleave(c.num_attention_heads // c.num_key_value_heads, 2)
+        return self.o_proj(heads.flatten(2))
+
+    def new_cache(self, batch, max_tokens, dtype, device):
+        size = (batch, self.config.num_key_value_heads, self.config.head_dim)
+        return MeanCache(torch.zeros(size, device=device))
+
+
+def test_a_tier_of_somebody_elses_goes_through_the_whole_story(llama, text, tmp_path, monkeypatch):
+    """With no more changes than README's "Fork it" names."""
+    step_costs = roofline.step_costs
+
+    def with_mean(model, batch, context):
+        costs, c, layers = step_costs(model, batch, context), model.config, model.plan.count("M")
+        G, D = c.num_key_value_heads, c.head_dim
+        weights = layers * (G + c.num_attention_heads) * D * c.hidden_size
+        size, operations = costs["weights"]
+        size += weights * model.norm.weight.element_size()
+        costs["weights"] = (size, operations + 2 * weights * batch)
+        return costs | {"mean": (layers * batch * 8 * G * D, layers * batch * 2 * G * D)}
+
+    monkeypatch.setitem(attention.TIERS, "M", MeanPooling)
+    monkeypatch.setattr(scan_module, "TRIALS", "XLM")
+    monkeypatch.setattr(roofline, "step_costs", with_mean)
+    monkeypatch.setitem(scan_module.PLANNERS, "tier", lambda *_: "SML")
+    assert (
+        layerboost.main(short_run(llama, text, tmp_path, "--measure", "kl", "--tokens", "1k")) == 0
+    )
+    scanned = json.loads((tmp_path / "scan.json").read_text())["layers"]
+    assert len(scanned) == 3 and all(row["M"]["kl"] > 0 for row in scanned)
+
+    model = load_model(str(tmp_path))
+    assert model.plan == "SML" and model.layers[1].self_attn.v_proj.weight.any()
+    ids = torch.randint(0, 700, (1, 20))
+    cache = model.new_cache(1, 20)
+    with torch.no_grad():
+        pieces = [model(piece, cache) for piece in ids.split([7, 1, 12], dim=1)]
+        near(torch.cat(pieces, 1), model(ids), rtol=1e-4, atol=1e-4)
+    requests = [Request(ids[0, :count], 5) for count in (3, 9)]
+    deque(Engine(model, 2, 32).run(deque(requests)), maxlen=0)
+    for request in requests:
+        alone = model.generate(request.prompt, 5)[0, len(request.prompt) :]
+        assert request.output == alone.tolist()
+
+    costs = roofline.step_costs(model, 3, 200)
+    held = (
+        costs["softmax cache"][0] + costs["window"][0] + (costs["state"][0] + costs["mean"][0]) / 2
+    )
+    assert held == 3 * model_module.cache_bytes(model, 200)
 
 
 def test_a_second_plan_comes_from_the_same_scan(llama, text, tmp_path, capsys, monkeypatch):
