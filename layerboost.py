@@ -39,6 +39,7 @@ from machine import (
     add_flags,
     at_least,
     gather,
+    hold_folder,
     is_main_process,
     pick_dtype,
     rank_and_world,
@@ -81,6 +82,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     tiers = {name: getattr(args, name) for name in ("window", "sinks", "feature_map", "removed")}
     check_arguments(model, source, tiers, args)
     tasks = read_tasks(args.tasks)
+    hold_folder(out)
 
     # The budget rules the sizes of all that follows.
     rate = sum(gather(forward_rate(model)))
@@ -204,14 +206,13 @@ def scan_layers(
     path = Path(args.scan or Path(args.out) / "scan.json")
     if path.exists() and (args.scan or args.plan is None):
         layers = scan.check_scan(path, same, args.measure, n)
-    scanned = scan.count_trials(layers) // 2
+    scanned = scan.count_trials(layers) // len(scan.TRIALS)
     require(
         not args.scan or scanned == n,
         f"--scan {args.scan}: holds {scanned} of {n} layers; repeat the command that makes it",
     )
 
     announce(model, args, settings, budget, rate, scanned)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.compile:
         model.compiled_shapes |= {(min(2, count), longest), (settings.together, settings.context)}
     if args.plan:
@@ -370,7 +371,7 @@ def kept(args) -> str:
     out, parts = Path(args.out), []
     if (path := out / "scan.json").exists():
         made = read_json(path)
-        done = scan.count_trials(made["layers"]) / 2
+        done = scan.count_trials(made["layers"]) / len(scan.TRIALS)
         parts.append(f"scan of {done:g} of {made.get('of', '?')} layers in {path}")
     if (path := out / "healing.safetensors").exists():
         seen, total = healed_tokens(path)

@@ -12,13 +12,20 @@ import signal
 import sys
 import threading
 import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from hub import InputError
+from hub import PARTIAL, InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 BEAT_SECONDS = 2  # between two moves of a bar's clock
 LINE_SECONDS = 30  # between two lines where stderr is no terminal
@@ -74,11 +81,16 @@ class Diverged(RuntimeError):
     """The loss, or the damage of a layer, became infinite or not a number."""
 
 
+class ProcessLost(RuntimeError):
+    """Another process of torchrun's has ended."""
+
+
 def run_program(name: str, run, kept=lambda: "") -> int:
-    """Calls run(). Returns its exit code: 0 done, 1 diverged, 2 bad input, 130 stopped by Ctrl-C,
-    141 when whoever reads the output has left. But for 0 and 141, one line on stderr says why, and
-    where a run diverged or was stopped, kept() what is left of it."""
+    """Calls run(). Returns its exit code: 0 done, 1 diverged or without one of its processes, 2 bad
+    input, 130 stopped by Ctrl-C, 141 when whoever reads the output has left. But for 0 and 141, one
+    line on stderr says why, and of a run that could have gone on, kept() what is left of it."""
     code, message = 0, ""
+    speaks = is_main_process()
     try:
         run()
         sys.stdout.flush()
@@ -90,15 +102,38 @@ def run_program(name: str, run, kept=lambda: "") -> int:
     except OSError as error:
         code, message = 2, f"{error.filename or '--out'}: {error.strerror or error}"
     except Diverged as error:
-        code, message = 1, str(error) + kept()
+        code, message = 1, str(error)
+    except ProcessLost as error:  # maybe the main one
+        code, message, speaks = 1, str(error), True
     except KeyboardInterrupt:
-        code, message = 130, "stopped" + kept()
-    finally:
+        code, message = 130, "stopped"
+
+    with ignored_interrupts():  # a second one, too, ends in this line
         if dist.is_initialized():
             dist.destroy_process_group()
-    if message and is_main_process():
-        print(f"{name}: {message}", file=sys.stderr)
+        if message and speaks:
+            print(f"{name}: {message}{last_words(kept) if code != 2 else ''}", file=sys.stderr)
+        release_folders()
     return code
+
+
+def last_words(kept) -> str:
+    try:
+        return kept()
+    except InputError as error:  # a file that it reads is damaged
+        return f"; {error}"
+
+
+@contextmanager
+def ignored_interrupts():
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 class Interrupt:
@@ -153,6 +188,51 @@ MACHINE_FLAGS = {
 
 # --- processes ---------------------------------------------------------------------------------
 
+held = []  # (folder, its handle, whether it is new) of each that this process works in
+
+
+def hold_folder(path: Path, flag: str = "--out") -> None:
+    """Makes a folder where there is none, and keeps other processes out of it until run_program
+    ends. The lock is the kernel's, on the folder itself: it goes when its process does, however
+    that ends, and leaves no file. Windows, and file systems without locks, do without it.
+
+    Raises InputError where another process has it, OSError where it cannot be made."""
+    is_new = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    if fcntl is None or not is_main_process():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    held.append((path, handle, is_new))
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        busy = "another process works there; wait for its end, or give another folder"
+        raise InputError(f"{flag} {path}: {busy}") from None
+    except OSError:  # no locks here
+        return
+    for partial in path.glob(f"*{PARTIAL}"):  # of a process that was killed
+        partial.unlink()
+
+
+def release_folders() -> None:
+    while held:
+        path, handle, is_new = held.pop()
+        os.close(handle)
+        if is_new:
+            with suppress(OSError):
+                path.rmdir()  # where nothing was written
+
+
+@contextmanager
+def other_processes():
+    """Around what needs all of them."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        lost = f"rank {dist.get_rank()} has lost another process ({reason})"
+        raise ProcessLost(f"{lost}; the same command goes on") from None
+
 
 def rank_and_world() -> tuple[int, int]:
     """Which of how many processes this is: (0, 1) without torchrun."""
@@ -165,7 +245,8 @@ def sum_over_processes(tensors: list[Tensor]) -> None:
     """Replaces each tensor by its sum over all processes; they travel as one."""
     if dist.is_initialized():
         joined = torch.cat([x.flatten().float() for x in tensors])
-        dist.all_reduce(joined)
+        with other_processes():
+            dist.all_reduce(joined)
         totals = joined.split([x.numel() for x in tensors])
         for x, total in zip(tensors, totals, strict=True):
             x.copy_(total.view_as(x))
@@ -176,7 +257,8 @@ def gather(item) -> list:
     items = [item]
     if dist.is_initialized():
         items = [None] * dist.get_world_size()
-        dist.all_gather_object(items, item)
+        with other_processes():
+            dist.all_gather_object(items, item)
     return items
 
 

@@ -544,7 +544,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     path = tmp_path / "healing.safetensors"
     path.write_bytes(b"half of it")
     with pytest.raises(InputError, match="healing.safetensors: cannot be read .*; delete it"):
-        distill.find_checkpoint([path], distill.Healing(), {})
+        distill.find_checkpoint(path, distill.Healing(), {})
 
 
 # --- flags ---------------------------------------------------------------------------------------
