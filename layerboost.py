@@ -131,7 +131,9 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     sizes = (args.passkeys, budget.recall_lengths)
     measured = out / "evaluation.json"
     figures = report.evaluate(models, model, tokenizer, valid, tasks, *sizes, measured)
-    report.write_report(figures, curve, settings, args, layers, time.monotonic() - started)
+    hashes = same | {"valid": scan.fingerprint(valid), "seed": args.seed}
+    hashes["healed"] = scan.hash_file(out / "model.safetensors")
+    report.write_report(figures, curve, settings, args, layers, time.monotonic() - started, hashes)
     for name in ("base", "healed"):
         say(f"{name + ' goes on:':17}" + report.continuation(models[name], tokenizer, valid))
     say_what_next(args)
@@ -481,6 +483,7 @@ FLAGS = {
         "top-p": (at_least(1e-9, float), 0.9, "draw from the likeliest P of probability"),
     },
     "machine": {
+        "repeat": (str, None, "this report.json's run, into --out [its folder's name and -repeat]"),
         "seed": (int, 0, "of data order, adapters and samples"),
         **MACHINE_FLAGS,
         "compile": (
@@ -501,6 +504,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     add_flags(parser, FLAGS)
     given = parser.parse_args(argv)
+    if given.repeat:
+        recorded = report.recorded_flags(given.repeat, parser)
+        argv = recorded + (sys.argv[1:] if argv is None else argv)
+        given = parser.parse_args(argv)
     if given.tokens and given.minutes:
         parser.error("--tokens and --minutes: give one of them")
 

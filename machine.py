@@ -7,8 +7,11 @@ and they do nothing.
 """
 
 import argparse
+import hashlib
 import os
+import platform
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -287,6 +290,29 @@ def pick_device(name: str | None) -> str:
     if not known:
         raise InputError(f"--device {name}: there is no such device here; use cpu or cuda")
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def environment(device: str) -> dict[str, str | int]:
+    """What a run's figures depend on beside flags, model and text: versions, processor, code."""
+    folder = Path(__file__).resolve().parent
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.py"), *folder.glob("*.cpp")]):
+        digest.update(path.read_bytes())
+    commit = ""
+    if (folder / ".git").exists():
+        with suppress(OSError):
+            command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+            commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    gpu = torch.cuda.get_device_name() if device.startswith("cuda") else None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": gpu or f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "processes": rank_and_world()[1],
+        "code": digest.hexdigest()[:12],
+        "commit": commit,
+    }
 
 
 def pick_dtype(device: str) -> str:

@@ -22,8 +22,17 @@ import measure
 from bench import decode_times, format_table
 from distill import Healing
 from engine import Engine
-from hub import C4, DOCUMENT, read_documents, read_json, require, write_json, write_text
-from machine import MACHINE_FLAGS, add_flags, at_least, pick_device, pick_dtype, run_program, say
+from hub import C4, DOCUMENT, InputError, read_documents, read_json, require, write_json, write_text
+from machine import (
+    MACHINE_FLAGS,
+    add_flags,
+    at_least,
+    environment,
+    pick_device,
+    pick_dtype,
+    run_program,
+    say,
+)
 from model import Model, cache_bytes, load_model
 from scan import fingerprint
 from tokenizer import Tokenizer, load_tokenizer, pack_sequences
@@ -138,10 +147,17 @@ def table_column(figures: dict) -> dict[str, str]:
 
 
 def write_report(
-    report: dict, curve: dict, settings: Healing, args, layers: list[dict], seconds: float
+    report: dict,
+    curve: dict,
+    settings: Healing,
+    args,
+    layers: list[dict],
+    seconds: float,
+    hashes: dict,
 ) -> None:
     """report.json, and report.md, which the terminal shows too, into args.out. `report` is what
-    `evaluate` gives for base, converted and healed, `layers` the scan."""
+    `evaluate` gives for base, converted and healed, `layers` the scan, `hashes` those of what went
+    in and came out."""
     healed, converted = report["healed"], report["converted"]
     plan = healed["plan"]
     instead = "a linear map instead" if args.removed == "linear" else "no attention"
@@ -177,11 +193,42 @@ agreement {converted["agreement"]:.1%} -> {healed["agreement"]:.1%}; {seconds / 
         "healing": {"settings": asdict(settings), **curve},
         "scan": layers,
         "command": vars(args),
+        "run": environment(args.device) | hashes,
         "seconds": round(seconds, 1),
     }
+    before = read_json(Path(args.repeat))["run"] if args.repeat else body["run"]
     write_json(Path(args.out) / "report.json", body)
     write_text(Path(args.out) / "report.md", text.lstrip())
     say(text)
+    if args.repeat:
+        other = []
+        for name, x in body["run"].items():
+            other += [f"{name} {x}, was {before.get(name)}"] * (before.get(name) != x)
+        say(f"Beside {args.repeat}: {'; '.join(other) or 'the same healed weights, bit for bit'}.")
+
+
+def recorded_flags(path: str, parser: argparse.ArgumentParser) -> list[str]:
+    """The flags of the run that wrote a report.json, with the sizes that it chose itself, and
+    another folder to write to. Ends in the parser's error for another file."""
+    try:
+        record = read_json(Path(path))
+        command = record.get("command")
+        made = isinstance(command, dict) and isinstance(record.get("run"), dict)
+        require(made, f"{path}: does not record a run; give a report.json of layerboost.py")
+    except (InputError, OSError) as error:
+        parser.error(f"--repeat {error}")
+    flags = [f"--out={command.get('out')}-repeat"]
+    for name, value in command.items():
+        flag = name.replace("_", "-")
+        if name in ("out", "split", "minutes", "repeat", "prompt") or value in (None, []):
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{'' if value else 'no-'}{flag}")
+        elif name == "tasks":
+            flags += ["--tasks", *map(str, value)]
+        else:
+            flags.append(f"--{flag}={'+'.join(value) if name == 'measure' else value}")
+    return flags
 
 
 def continuation(model: Model, tokenizer: Tokenizer, valid: Tensor) -> str:

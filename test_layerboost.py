@@ -17,6 +17,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -1383,6 +1384,44 @@ def test_healing_helps_and_resumes_exactly(llama, tmp_path, monkeypatch):
     assert_same_weights(finished, student)
 
 
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) * 3 // 4] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "cut": lambda path, other: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "empty": lambda path, other: path.write_bytes(b""),
+    "flipped": lambda path, other: flip_a_bit(path),
+    "other": lambda path, other: shutil.copy(other, path),
+}
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    llama, tmp_path, monkeypatch, capsys
+):
+    student, _ = heal_small(llama, tmp_path / "whole.safetensors")
+    other = tmp_path / "other.safetensors"
+    heal_until(1, monkeypatch, llama, other, seed=1)
+    (tmp_path / "made").mkdir()
+    for _ in range(2):
+        heal_until(2, monkeypatch, llama, tmp_path / "made" / "healing.safetensors")
+    for name, damage in DAMAGES.items():
+        checkpoint = tmp_path / name / "healing.safetensors"
+        before = checkpoint.with_name("healing-before.safetensors")
+        shutil.copytree(tmp_path / "made", checkpoint.parent)
+        damage(checkpoint, other)
+        capsys.readouterr()
+        heal_until(1, monkeypatch, llama, checkpoint)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith(f"{checkpoint}: ")
+        assert lines[1] == f"the one before it is used: {before}"
+        assert lines[2] == "resumed at 256 of 1,792 tokens"
+        assert distill.read_checkpoint(before)[0]["step"] == 2  # no damaged one took its place
+    assert_same_weights(heal_small(llama, checkpoint)[0], student)
+
+
 def test_a_checkpoint_goes_on_under_its_own_settings_alone(llama, tmp_path):
     checkpoint = tmp_path / "healing.safetensors"
     heal_small(llama, checkpoint)
@@ -1887,6 +1926,24 @@ def test_a_second_plan_comes_from_the_same_scan(llama, text, tmp_path, capsys, m
     assert "Scan: read from" in printed and "was measured on other text than this run's" in printed
     report = json.loads((second / "report.json").read_text())
     assert report["scan"] == scanned["layers"] and report["plan"].count("S") == 2
+
+
+def test_a_report_repeats_its_run(llama, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["--measure", "kl", "--tokens", "1k", "--keep", "1", "--drop", "1"]
+    assert layerboost.main(short_run(llama, text, out, *flags)) == 0
+    assert layerboost.main(["--repeat", str(out / "report.json")]) == 0
+    said = f"Beside {out}/report.json: the same healed weights, bit for bit."
+    assert said in capsys.readouterr().out
+    again, record = f"{out}-repeat", json.loads((out / "report.json").read_text())
+    assert json.loads(Path(again, "report.json").read_text())["run"] == record["run"]
+    assert {"torch", "processor", "code", "model", "data", "plan", "seed"} <= set(record["run"])
+
+    args = layerboost.parse_arguments(["--repeat", str(out / "report.json"), "--out", "x"])
+    assert args.out == "x" and args.tokens == 1000 and args.keep == 1
+    with pytest.raises(SystemExit):
+        layerboost.parse_arguments(["--repeat", str(out / "scan.json")])
+    assert "scan.json: does not record a run" in capsys.readouterr().err
 
 
 def test_two_processes_scan_and_heal_as_one_does(llama, text, tmp_path):
