@@ -17,10 +17,14 @@ Healing distils the original back into the converted model. `boost` tells this s
 import argparse
 import codecs
 import os
+import signal
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported
+    signal.signal(signal.SIGINT, lambda *_: sys.stderr.write("stopped\n") and os._exit(130))
 
 import torch
 from torch import Tensor
@@ -131,9 +135,8 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     sizes = (args.passkeys, budget.recall_lengths)
     measured = out / "evaluation.json"
     figures = report.evaluate(models, model, tokenizer, valid, tasks, *sizes, measured)
-    hashes = same | {"valid": scan.fingerprint(valid), "seed": args.seed}
-    hashes["healed"] = scan.hash_file(out / "model.safetensors")
-    report.write_report(figures, curve, settings, args, layers, time.monotonic() - started, hashes)
+    same["valid"] = scan.fingerprint(valid)
+    report.write_report(figures, curve, settings, args, layers, time.monotonic() - started, same)
     for name in ("base", "healed"):
         say(f"{name + ' goes on:':17}" + report.continuation(models[name], tokenizer, valid))
     say_what_next(args)
@@ -505,8 +508,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add_flags(parser, FLAGS)
     given = parser.parse_args(argv)
     if given.repeat:
-        recorded = report.recorded_flags(given.repeat, parser)
-        argv = recorded + (sys.argv[1:] if argv is None else argv)
+        argv = report.recorded_flags(given.repeat, parser) + (argv or sys.argv[1:])
         given = parser.parse_args(argv)
     if given.tokens and given.minutes:
         parser.error("--tokens and --minutes: give one of them")

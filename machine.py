@@ -95,8 +95,9 @@ def run_program(name: str, run, kept=lambda: "") -> int:
     code, message = 0, ""
     speaks = is_main_process()
     try:
-        run()
-        sys.stdout.flush()
+        with interrupts(signal.default_int_handler):
+            run()
+            sys.stdout.flush()
     except InputError as error:
         code, message = 2, str(error)
     except BrokenPipeError:  # as of `| head`; what is flushed at exit must not fail again
@@ -111,7 +112,7 @@ def run_program(name: str, run, kept=lambda: "") -> int:
     except KeyboardInterrupt:
         code, message = 130, "stopped"
 
-    with ignored_interrupts():  # a second one, too, ends in this line
+    with interrupts(signal.SIG_IGN):  # a second one, too, ends in this line
         if dist.is_initialized():
             dist.destroy_process_group()
         if message and speaks:
@@ -128,11 +129,12 @@ def last_words(kept) -> str:
 
 
 @contextmanager
-def ignored_interrupts():
+def interrupts(handler):
+    """What Ctrl-C does meanwhile."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    previous = signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:
@@ -232,7 +234,7 @@ def other_processes():
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).partition("\n")[0].split("] ", 1)[-1].partition(". ")[0]
         lost = f"rank {dist.get_rank()} has lost another process ({reason})"
         raise ProcessLost(f"{lost}; the same command goes on") from None
 

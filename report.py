@@ -34,7 +34,7 @@ from machine import (
     say,
 )
 from model import Model, cache_bytes, load_model
-from scan import fingerprint
+from scan import fingerprint, hash_file
 from tokenizer import Tokenizer, load_tokenizer, pack_sequences
 
 CONTEXT = 1024  # tokens of a sequence, and that each holds where decoding is timed
@@ -157,7 +157,7 @@ def write_report(
 ) -> None:
     """report.json, and report.md, which the terminal shows too, into args.out. `report` is what
     `evaluate` gives for base, converted and healed, `layers` the scan, `hashes` those of what went
-    in and came out."""
+    in."""
     healed, converted = report["healed"], report["converted"]
     plan = healed["plan"]
     instead = "a linear map instead" if args.removed == "linear" else "no attention"
@@ -187,13 +187,16 @@ It differs from the table's since it is on the first {watched:,} of these tokens
 KL {converted["kl"]:.4f} -> {healed["kl"]:.4f},
 agreement {converted["agreement"]:.1%} -> {healed["agreement"]:.1%}; {seconds / 60:.1f} min in all.
 """
+    weights = Path(args.out) / "model.safetensors"
     body = {
         **report,
         "plan": plan,
         "healing": {"settings": asdict(settings), **curve},
         "scan": layers,
         "command": vars(args),
-        "run": environment(args.device) | hashes,
+        "run": environment(args.device)
+        | hashes
+        | {"seed": args.seed, "healed": hash_file(weights)},
         "seconds": round(seconds, 1),
     }
     before = read_json(Path(args.repeat))["run"] if args.repeat else body["run"]

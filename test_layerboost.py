@@ -41,6 +41,7 @@ import engine as engine_module
 import gpu
 import kernels
 import layerboost
+import long_decode
 import machine
 import measure
 import model as model_module
@@ -206,6 +207,49 @@ def test_a_tail_that_outweighs_its_window_does_not_overflow(form):
     *inputs, b = random_inputs(60, "hedgehog")
     large, larger = (form(*inputs, b + more, 8, 2)[:, :, 10:] for more in (60, 100))
     near(larger, large)
+
+
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_scores_of_10000_and_features_of_1e30_do_no_harm(form):
+    """One key wins or loses by 10,000: then it is all that is seen locally, or nothing of it.
+    Features that large leave the tail alone to count."""
+    query, key, value, phi_query, phi_key, b = random_inputs(60, "hedgehog")
+    key[..., -1] = key.shape[-1] ** 0.5
+    query[..., -1] = 0
+    for score in (1e4, -1e4):
+        one = key.clone()
+        one[:, :, 30] = 0
+        one[:, :, 30, 0] = score * key.shape[-1] ** 0.5
+        query[..., 0] = 1
+        out = form(query, one, value, phi_query, phi_key, b, 8, 2)
+        assert out.isfinite().all()
+        if score > 0:
+            near(
+                out[:, :, 30:38],
+                value[:, :, 30].repeat_interleave(2, 1)[:, :, None].expand(-1, -1, 8, -1),
+            )
+
+    exact = form(query, key, value, phi_query, phi_key, b + 60, 8, 2)[:, :, 10:]
+    for more in ((1e30, 1), (1, 1e30)):
+        large = form(query, key, value, more[0] * phi_query, more[1] * phi_key, b, 8, 2)[:, :, 10:]
+        near(large, exact)
+
+
+@pytest.mark.parametrize("plan", ["SSS", "SLX", "LLL"])
+def test_one_token_repeated_is_read_like_any_text(llama, plan):
+    model = boosted(llama, plan)
+    ids = torch.full((2, 60), 5)
+    cache = model.new_cache(2, 60)
+    with torch.no_grad():
+        whole = model(ids)
+        pieces = [model(piece, cache) for piece in ids.split([30, *[1] * 30], dim=1)]
+    assert whole.isfinite().all()
+    near(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_long_decoding_in_bfloat16_stays_with_float64():
+    assert long_decode.errors(20_000).max() < 1e-2
 
 
 def random_step(H: int, G: int, D: int, dtype=torch.float32) -> dict[str, list]:
@@ -1420,6 +1464,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
         assert lines[2] == "resumed at 256 of 1,792 tokens"
         assert distill.read_checkpoint(before)[0]["step"] == 2  # no damaged one took its place
     assert_same_weights(heal_small(llama, checkpoint)[0], student)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_a_run_loses_nothing(llama, text, tmp_path):
+    program = Path(__file__).parent / "results/faults.py"
+    flags = short_run(llama, text, tmp_path, "--measure", "kl", "--tokens", "2k")
+    flags[flags.index("--out") : flags.index("--out") + 2] = ["--context", "128"]
+    run = subprocess.run(
+        [sys.executable, str(program), "4", *flags], capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_a_checkpoint_goes_on_under_its_own_settings_alone(llama, tmp_path):
