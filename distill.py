@@ -296,8 +296,8 @@ class Run:
         loss = float(total)
         if not math.isfinite(loss):
             seen = settings.tokens_after(self.step)
-            hint = "" if tails_alone else "; try a lower --lr"
-            raise Diverged(f"the loss is {loss} at step {self.step} ({seen:,} tokens){hint}")
+            hint = "--dtype float32 or another --feature-map" if tails_alone else "a lower --lr"
+            raise Diverged(f"the loss is {loss} at step {self.step} ({seen:,} tokens); try {hint}")
 
         t = self.step - settings.stage(self.step)[0] + 1
         self.optimizer.step(settings.learning_rate(self.step), t)

@@ -145,24 +145,22 @@ def main(count: int, flags: list[str], folder: Path) -> int:
         wrong = differences(out, whole) if ended[0] == 0 else [ended[1]]
         judge(f"killed {kills - before} times at random", out, wrong)
 
-    # Killed, or out of disk, just before a file gets its name.
-    written = 0
-    out = folder / "each"
-    while True:
-        written += 1
-        code, line = run(out, flags, fault=at_write(1, kill))
-        if code != -signal.SIGKILL:
+    # Killed, or out of disk, just before the n-th file of what is left gets its name.
+    n, out = 0, folder / "each"
+    code = 1
+    while code:
+        n += 1
+        code, line = run(out, flags, fault=at_write(n, kill))
+        if code == -signal.SIGKILL:
+            code, line = run(out, flags, fault=at_write(n, fill_disk))
+        said = code == 2 and line.endswith(os.strerror(errno.ENOSPC))
+        if code and (not said or list(out.glob("*.partial"))):
             break
-        code, line = run(out, flags, fault=at_write(1, fill_disk))
-        expected = code == 2 and line.endswith(os.strerror(errno.ENOSPC))
-        if not expected or list(out.glob("*.partial")):
-            judge(f"file {written}, disk full: exit {code}", out, [line])
-            return 1
-        code, line = run(out, flags, fault=at_write(2, kill))
-        if code != -signal.SIGKILL:
-            break
-    print(f"{written} times: killed at a file, disk full at the same one, killed at the next one")
-    judge("then gone on to the end", out, differences(out, whole) if code == 0 else [line])
+    judge(
+        f"for n = 1 to {n} killed at the n-th file, then out of disk at the n-th of the rest",
+        out,
+        [line] if code else differences(out, whole),
+    )
 
     # Checkpoints that are damaged.
     other = folder / "other"
