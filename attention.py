@@ -9,10 +9,10 @@ S is `SoftmaxAttention`, the attention that a pretrained model comes with. L is
                                                  any split for T > 1, a decoding step for T = 1
 
 x and y are [B, T, hidden_size]; rotary is the pair (cos, sin) of `apply_rotary` for these
-positions. A cache belongs to one layer and is filled in place; positions [B] counts the tokens that
-each sequence has in it. In a prefill of prompts of several lengths, `new` [B] counts the tokens of
-each; those after them are padding. The formulas are in kernels.py; cpu.py and gpu.py have faster
-twins of some.
+positions. A cache belongs to one layer, has tensors [B, G, ...] and is filled in place; positions
+[B] counts the tokens that each sequence has in it. In a prefill of prompts of several lengths,
+`new` [B] counts the tokens of each; those after them are padding. The formulas are in kernels.py;
+cpu.py and gpu.py have faster twins of some.
 """
 
 import torch
@@ -142,6 +142,14 @@ class SoftmaxAttention(nn.Module):
         cache.value.scatter_(2, slot, value)
         attend = twin("softmax_attention", key)
         return attend(query, cache.key, cache.value, positions, self.sliding_window)
+
+    def initial_parameters(self) -> dict[str, Tensor]:
+        """Those that a pretrained model does not have, as they are before any training."""
+        return {}
+
+    def tail_parameters(self) -> list[str]:
+        """Of those, the names of what attention transfer trains."""
+        return []
 
     def new_cache(self, batch: int, max_tokens: int, dtype: torch.dtype, device) -> SoftmaxCache:
         return SoftmaxCache(self.config, batch, max_tokens, dtype, device)
@@ -344,6 +352,9 @@ class LinearMap(nn.Module):
     def forward(self, x: Tensor, rotary, cache=None, positions=None, new=None) -> Tensor:
         return self.map(x)
 
+    def tail_parameters(self) -> list[str]:
+        return []
+
     def initial_parameters(self) -> dict[str, Tensor]:
         """Zero, which is nothing, before it is fitted."""
         size = self.map.in_features
@@ -353,8 +364,10 @@ class LinearMap(nn.Module):
         return None
 
 
+TIERS = {"S": SoftmaxAttention, "L": WindowLinearAttention, "X": LinearMap}
+
+
 def tier_of(config, layer: int) -> type[nn.Module] | None:
     """The module of a layer; None where nothing stands for its attention."""
-    tiers = {"S": SoftmaxAttention, "L": WindowLinearAttention}
-    tiers["X"] = LinearMap if config.removed == "linear" else None
-    return tiers[config.plan[layer]]
+    letter = config.plan[layer]
+    return None if letter == "X" and config.removed == "nothing" else TIERS[letter]

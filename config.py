@@ -9,6 +9,7 @@ under "layerboost".
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from attention import TIERS
 from hub import InputError, read_json, require
 from kernels import FEATURE_MAPS
 
@@ -241,7 +242,7 @@ def parse_plan(text: str, layers: int) -> str:
     if text.startswith("uniform:"):
         plan = text.removeprefix("uniform:") * layers
     require(
-        len(plan) == layers and set(plan) <= set("SLX"),
+        len(plan) == layers and set(plan) <= set(TIERS),
         f"--plan {text!r}: give {layers} letters out of S (softmax), L (sliding-window linear) "
         "and X (removed), or uniform:S, uniform:L, uniform:X",
     )

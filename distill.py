@@ -24,6 +24,7 @@ takes its share of each step's sequences, and the gradients are summed (data par
 
 import json
 import math
+import os
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hub import InputError, open_safetensors, read_metadata, require, save_safetensors
+from hub import InputError, content_hash, open_safetensors, require, save_safetensors
 from kernels import sliced_kl
 from machine import Diverged, Interrupt, gather, progress, rank_and_world, say, sum_over_processes
 from measure import hidden_states, kl_by_position
@@ -40,7 +41,6 @@ from model import Model
 AVERAGE = 3  # step t of a stage counts as t^AVERAGE in the average of its weights
 STEADY = 600  # steps of a stage at its full learning rate
 CHECKPOINT_SECONDS = 180  # between two checkpoints
-IF_DAMAGED = "delete it to start anew"
 
 
 @dataclass
@@ -157,9 +157,9 @@ def heal(
     teacher: the original; student: `convert(teacher, plan)`; train, valid: ids [N, context].
     The run is saved to `checkpoint` every CHECKPOINT_SECONDS, at Ctrl-C (then KeyboardInterrupt is
     raised) and at its end, and goes on from there; `identity` says what else must be the same for
-    that: the model, the plan, the data. The end of stage 2 is kept beside it, for a run of more
-    tokens. Raises Diverged when the loss is not finite, InputError when the checkpoint was made
-    with other settings or is past `tokens`.
+    that: the model, the plan, the data. Beside it are kept the checkpoint before it, used where it
+    is damaged, and the end of stage 2, for a run of more tokens. Raises Diverged when the loss is
+    not finite, InputError when the checkpoint was made with other settings or is past `tokens`.
     """
     run = Run(teacher, student, valid, settings, checkpoint, identity)
     if settings.compile:
@@ -212,13 +212,13 @@ class Run:
         self.step = 0
         self.curve = {"train": [], "valid": [], "sequences": len(valid)}
 
-        self.checkpoint = checkpoint
-        self.distilled = checkpoint.with_name(f"{checkpoint.stem}-distilled.safetensors")
+        self.checkpoint, self.before, self.distilled = checkpoint_files(checkpoint)
         everything = identity | asdict(settings) | {"average": AVERAGE, "steady": STEADY}
         self.identity = json.loads(json.dumps(everything))  # as a checkpoint gives it back
-        path = find_checkpoint([self.checkpoint, self.distilled], settings, self.identity)
+        path = find_checkpoint(checkpoint, settings, self.identity)
         if path:
             self.load(path)
+        self.is_sound = path == checkpoint  # what is there, so that it may replace the one before
 
         rank, world = rank_and_world()
         share = valid[rank::world].to(teacher.device).split(4)
@@ -226,10 +226,10 @@ class Run:
         self.targets = list(zip(parts, hidden_states(teacher, parts)))
 
     def load(self, path: Path) -> None:
-        with open_safetensors(path, IF_DAMAGED) as file:
-            self.optimizer.load(file)
-            metadata = read_metadata(file, path, {"step": int, "curve": dict}, IF_DAMAGED)
-        self.step, curve = metadata["step"], metadata["curve"]
+        state, tensors = read_checkpoint(path)
+        self.optimizer.load(tensors)
+        self.step = state["step"]
+        curve = state["curve"]
         if curve.get("sequences") != self.curve["sequences"]:
             del curve["valid"]  # what another budget validated on does not compare
         self.curve |= curve | {"sequences": self.curve["sequences"]}
@@ -237,10 +237,19 @@ class Run:
         say(f"resumed at {seen:,} of {self.settings.trained_tokens:,} tokens")
 
     def save(self, path: Path) -> None:
-        if rank_and_world()[0] == 0:
-            state = {"step": self.step, "curve": self.curve, "identity": self.identity}
-            metadata = {name: json.dumps(value) for name, value in state.items()}
-            save_safetensors(self.optimizer.state(), path, metadata)
+        """Writes a checkpoint. A sound one that it replaces becomes the one before it first, so
+        that there is a whole one at every moment."""
+        if rank_and_world()[0] > 0:
+            return
+        state = {"step": self.step, "curve": self.curve, "identity": self.identity}
+        metadata = {name: json.dumps(value) for name, value in state.items()}
+        tensors = self.optimizer.state()
+        metadata["hash"] = content_hash(tensors, metadata)
+        if path == self.checkpoint and self.is_sound:
+            os.replace(path, self.before)
+            self.is_sound = False
+        save_safetensors(tensors, path, metadata)
+        self.is_sound |= path == self.checkpoint
 
     @torch.no_grad()
     def validate(self) -> None:
@@ -287,8 +296,8 @@ class Run:
         loss = float(total)
         if not math.isfinite(loss):
             seen = settings.tokens_after(self.step)
-            hint = "" if tails_alone else "; try a lower --lr"
-            raise Diverged(f"the loss is {loss} at step {self.step} ({seen:,} tokens){hint}")
+            hint = "--dtype float32 or another --feature-map" if tails_alone else "a lower --lr"
+            raise Diverged(f"the loss is {loss} at step {self.step} ({seen:,} tokens); try {hint}")
 
         t = self.step - settings.stage(self.step)[0] + 1
         self.optimizer.step(settings.learning_rate(self.step), t)
@@ -297,50 +306,71 @@ class Run:
         return loss
 
 
-def find_checkpoint(paths: list[Path], settings: Healing, identity: dict) -> Path | None:
-    """The first of these files that a run can go on from: one made with the same budget, or one
-    that is not past stage 2 of either budget. None where there is no file yet; InputError where
-    something other than the budget differs, or where all files are past that."""
-    done = 0
-    for path in filter(Path.exists, paths):
-        step, made_with = read_state(path)
-        for key, value in identity.items():
-            require(
-                key in ("tokens", "validations") or made_with.get(key) == value,
-                f"{path}: was made with {key} = {made_with.get(key)}, not {value}; repeat that "
-                "command to go on, or give another --out, or delete the file",
-            )
-        made = replace(settings, tokens=made_with["tokens"])
-        if made.tokens == settings.tokens or step <= min(made.short_steps, settings.short_steps):
-            return path
-        done = max(done, made.tokens_after(step))
+def checkpoint_files(path: Path) -> tuple[Path, Path, Path]:
+    """The checkpoint of a run, the one before it, and that of the end of stage 2."""
+    before, distilled = (f"{path.stem}-{name}.safetensors" for name in ("before", "distilled"))
+    return path, path.with_name(before), path.with_name(distilled)
 
+
+def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The state and the tensors in a checkpoint. Raises InputError for one that is damaged."""
+    fix = "delete it to start anew"
+    with open_safetensors(path, fix) as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    intact = metadata.pop("hash", None) == content_hash(tensors, metadata)
+    require(intact, f"{path}: is damaged: its content and its hash differ; {fix}")
+    return {name: json.loads(value) for name, value in metadata.items()}, tensors
+
+
+def find_checkpoint(checkpoint: Path, settings: Healing, identity: dict) -> Path | None:
+    """The first of a run's files that it can go on from: one made with the same budget, or one that
+    is not past stage 2 of either budget. One that is damaged, or was made where something other
+    than the budget differs, is named and passed over. None where there is no file; InputError where
+    there are files and none will do."""
+    done = 0
+    wrong = []
+    for path in filter(Path.exists, checkpoint_files(checkpoint)):
+        try:
+            state, _ = read_checkpoint(path)
+            check_identity(path, state["identity"], identity)
+        except InputError as error:
+            wrong.append(error)
+            continue
+
+        made = replace(settings, tokens=state["identity"]["tokens"])
+        least = min(made.short_steps, settings.short_steps)
+        if made.tokens == settings.tokens or state["step"] <= least:
+            say(*wrong, *[f"the one before it is used: {path}"] * bool(wrong))
+            return path
+        done = max(done, made.tokens_after(state["step"]))
+
+    if wrong:
+        raise wrong[0]
     require(
         not done,
-        f"--tokens {settings.tokens}: the run in {paths[0].parent} is at {done:,} tokens; "
+        f"--tokens {settings.tokens}: the run in {checkpoint.parent} is at {done:,} tokens; "
         "give more, or another --out",
     )
     return None
 
 
-def read_state(checkpoint: Path) -> tuple[int, dict]:
-    """The step of a checkpoint, and what it was made with. Raises InputError for a damaged one."""
-    with open_safetensors(checkpoint, IF_DAMAGED) as file:
-        metadata = read_metadata(file, checkpoint, {"step": int, "identity": dict}, IF_DAMAGED)
-    step, made_with = metadata["step"], metadata["identity"]
-    typed = all(type(made_with.get(x.name)) is type(x.default) for x in fields(Healing))
-    require(step >= 0 and typed, f"{checkpoint}: damaged metadata; {IF_DAMAGED}")
-    return step, made_with
+def check_identity(path: Path, made_with: dict, identity: dict) -> None:
+    """Raises InputError naming the first thing but the budget that differs."""
+    for key, value in identity.items():
+        require(
+            key in ("tokens", "validations") or made_with.get(key) == value,
+            f"{path}: was made with {key} = {made_with.get(key)}, not {value}; repeat that "
+            "command to go on, or give another --out, or delete the file",
+        )
 
 
 def healed_tokens(checkpoint: Path) -> tuple[int, int]:
     """How many tokens a run has trained on at a checkpoint, and of how many."""
-    step, made_with = read_state(checkpoint)
-    try:
-        settings = Healing(**{field.name: made_with[field.name] for field in fields(Healing)})
-    except (ArithmeticError, ValueError):
-        raise InputError(f"{checkpoint}: damaged metadata; {IF_DAMAGED}") from None
-    return settings.tokens_after(step), settings.trained_tokens
+    state, _ = read_checkpoint(checkpoint)
+    made_with = state["identity"]
+    settings = Healing(**{field.name: made_with[field.name] for field in fields(Healing)})
+    return settings.tokens_after(state["step"]), settings.trained_tokens
 
 
 def healing_bytes(model: Model, settings: Healing) -> tuple[int, int]:
@@ -361,20 +391,21 @@ def healing_bytes(model: Model, settings: Healing) -> tuple[int, int]:
 
 
 def attention_transfer(teacher: Model, student: Model, ids: Tensor, weight=1.0) -> Tensor:
-    """Stage 1 on ids [B, T]. Adds the gradients of the error, averaged over the L layers and the
-    sequences, and returns it; both times `weight`. The layers are independent, so each one's
-    gradient is taken at once and no activations are kept."""
+    """Stage 1 on ids [B, T]. Adds the gradients of the error, averaged over the layers with tails
+    and the sequences, and returns it; both times `weight`. The layers are independent, so the
+    gradient of each is taken at once and no activations are kept."""
     total = torch.zeros((), device=ids.device)
     rotary = teacher.rotary(ids.shape[1])
     x = teacher.embed_tokens(ids)  # (B, T, d)
+    with_tails = {int(name.split(".")[1]) for name in tail_names(student)}
     for i, (ours, theirs) in enumerate(zip(student.layers, teacher.layers, strict=True)):
-        if student.plan[i] == "L":
+        if i in with_tails:
             normed = theirs.input_layernorm(x)
             with torch.no_grad():
                 target = theirs.self_attn(normed, rotary).float()
             difference = ours.self_attn(normed, rotary).float() - target
             error = difference.square().mean((1, 2)) / target.square().mean((1, 2))  # (B)
-            error = error.mean() * weight / student.plan.count("L")
+            error = error.mean() * weight / len(with_tails)
             error.backward()
             total += error.detach()
         with torch.no_grad():
@@ -409,10 +440,10 @@ def prepare(student: Model, settings: Healing) -> dict[str, nn.Parameter]:
 
 
 def tail_names(student: Model) -> set[str]:
-    """The parameters of the L layers' tails that can learn, by their names in the model."""
+    """The parameters of the layers' tails that can learn, by their names in the model."""
     names = set()
     for i, layer in enumerate(student.layers):
-        if student.plan[i] == "L":
+        if layer.self_attn is not None:
             names |= {f"layers.{i}.self_attn.{name}" for name in layer.self_attn.tail_parameters()}
     return names
 
@@ -518,13 +549,12 @@ class Optimizer:
         return tensors
 
     @torch.no_grad()
-    def load(self, file) -> None:
-        """Takes over the `state` in an open safetensors file."""
-        stored = set(file.keys())
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Takes over a `state`."""
         for name, parameter in self.trained.items():
-            parameter.copy_(file.get_tensor(name))
-            self.averages[name].copy_(file.get_tensor(f"{name}/average"))
+            parameter.copy_(state[name])
+            self.averages[name].copy_(state[f"{name}/average"])
             for key in ("step", "exp_avg", "exp_avg_sq"):
-                if f"{name}/{key}" in stored:
-                    x = file.get_tensor(f"{name}/{key}").to(parameter.device)
+                if f"{name}/{key}" in state:
+                    x = state[f"{name}/{key}"].to(parameter.device, copy=True)
                     self.adam.state[parameter][key] = x

@@ -9,6 +9,7 @@ or not there.
 import codecs
 import glob
 import gzip
+import hashlib
 import itertools
 import json
 import os
@@ -18,12 +19,14 @@ import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 C4 = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"  # the text to heal on when none is named
 TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json.gz")
+PARTIAL = ".partial"  # ends the name of a file that is being written
 DOCUMENT = 20_000  # characters of a .txt file's documents at most, some 4,000 tokens
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -143,13 +146,17 @@ def read_metadata(tensors, path: Path, kinds: dict[str, type], fix: str) -> dict
 
 
 def write_file(path: Path, write) -> None:
-    """write(temporary path), then rename. Raises OSError where it cannot be written."""
-    temporary = path.with_name(path.name + ".partial")
+    """write(temporary path), then rename. Raises OSError naming the file where it cannot be
+    written; then nothing of it is left to fill the disk."""
+    temporary = path.with_name(path.name + PARTIAL)
     try:
         write(temporary)
-    except SafetensorError as error:  # its way to say that the disk is full
-        raise OSError(None, str(error), str(path)) from None
-    os.replace(temporary, path)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:  # the latter from a full disk, too
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OSError(getattr(error, "errno", None), reason, str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -162,6 +169,16 @@ def write_json(path: Path, content: dict) -> None:
 
 def save_safetensors(tensors: dict, path: Path, metadata: dict[str, str]) -> None:
     write_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def content_hash(tensors: dict, metadata: dict[str, str]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors, and over metadata."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, x in sorted(tensors.items()):
+        x = x.detach().cpu().contiguous()
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(x.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 # --- text --------------------------------------------------------------------------------------

@@ -17,10 +17,14 @@ Healing distils the original back into the converted model. `boost` tells this s
 import argparse
 import codecs
 import os
+import signal
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported
+    signal.signal(signal.SIGINT, lambda *_: sys.stderr.write("stopped\n") and os._exit(130))
 
 import torch
 from torch import Tensor
@@ -40,6 +44,7 @@ from machine import (
     add_flags,
     at_least,
     gather,
+    hold_folder,
     is_main_process,
     pick_dtype,
     rank_and_world,
@@ -84,6 +89,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     tiers = {name: getattr(args, name) for name in ("window", "sinks", "feature_map", "removed")}
     check_arguments(model, source, tiers, args)
     tasks = read_tasks(args.tasks)
+    hold_folder(out)
 
     # The budget rules the sizes of all that follows.
     rate = sum(gather(forward_rate(model)))
@@ -135,7 +141,8 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     sizes = (args.passkeys, budget.recall_lengths)
     measured = out / "evaluation.json"
     figures = report.evaluate(models, model, tokenizer, valid, tasks, *sizes, measured)
-    report.write_report(figures, curve, settings, args, layers, time.monotonic() - started)
+    same["valid"] = scan.fingerprint(valid)
+    report.write_report(figures, curve, settings, args, layers, time.monotonic() - started, same)
     for name in ("base", "healed"):
         say(f"{name + ' goes on:':17}" + report.continuation(models[name], tokenizer, valid))
     say_what_next(args)
@@ -210,14 +217,13 @@ def scan_layers(
     path = Path(args.scan or Path(args.out) / "scan.json")
     if path.exists() and (args.scan or args.plan is None):
         layers = scan.check_scan(path, same, args.measure, n)
-    scanned = scan.count_trials(layers) // 2
+    scanned = scan.count_trials(layers) // len(scan.TRIALS)
     require(
         not args.scan or scanned == n,
         f"--scan {args.scan}: holds {scanned} of {n} layers; repeat the command that makes it",
     )
 
     announce(model, args, settings, budget, rate, scanned)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.compile:
         model.compiled_shapes |= {(min(2, count), longest), (settings.together, settings.context)}
     if args.plan:
@@ -483,6 +489,7 @@ FLAGS = {
         "top-p": (at_least(1e-9, float, 1.0), 0.9, "draw from the likeliest P of probability"),
     },
     "machine": {
+        "repeat": (str, None, "this report.json's run, into --out [its folder's name and -repeat]"),
         "seed": (at_least(0, int, 2**32 - 1), 0, "of data order, adapters and samples"),
         **MACHINE_FLAGS,
         "compile": (
@@ -503,6 +510,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     add_flags(parser, FLAGS)
     given = parser.parse_args(argv)
+    if given.repeat:
+        argv = report.recorded_flags(given.repeat, parser) + (argv or sys.argv[1:])
+        given = parser.parse_args(argv)
     if given.tokens and given.minutes:
         parser.error("--tokens and --minutes: give one of them")
 

@@ -7,15 +7,18 @@ and they do nothing.
 """
 
 import argparse
+import hashlib
 import math
 import os
+import platform
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -23,7 +26,12 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from hub import InputError, require
+from hub import PARTIAL, InputError, require
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 BEAT_SECONDS = 2  # between two moves of a bar's clock
 LINE_SECONDS = 30  # between two lines where stderr is no terminal
@@ -79,14 +87,20 @@ class Diverged(RuntimeError):
     """The loss, or the damage of a layer, became infinite or not a number."""
 
 
+class ProcessLost(RuntimeError):
+    """Another process of torchrun's has ended."""
+
+
 def run_program(name: str, run, kept=lambda: "") -> int:
-    """Calls run(). Returns its exit code: 0 done, 1 diverged, 2 bad input, 130 stopped by Ctrl-C,
-    141 when whoever reads the output has left. But for 0 and 141, one line on stderr says why, and
-    where a run diverged or was stopped, kept() what is left of it."""
+    """Calls run(). Returns its exit code: 0 done, 1 diverged or without one of its processes, 2 bad
+    input, 130 stopped by Ctrl-C, 141 when whoever reads the output has left. But for 0 and 141, one
+    line on stderr says why, and of a run that could have gone on, kept() what is left of it."""
     code, message = 0, ""
+    speaks = is_main_process()
     try:
-        run()
-        sys.stdout.flush()
+        with interrupts(signal.default_int_handler):
+            run()
+            sys.stdout.flush()
     except InputError as error:
         code, message = 2, str(error)
     except BrokenPipeError:  # as of `| head`; what is flushed at exit must not fail again
@@ -95,14 +109,18 @@ def run_program(name: str, run, kept=lambda: "") -> int:
     except OSError as error:
         code, message = 2, f"{error.filename or '--out'}: {error.strerror or error}"
     except Diverged as error:
-        code, message = 1, str(error) + kept()
+        code, message = 1, str(error)
+    except ProcessLost as error:  # maybe the main one
+        code, message, speaks = 1, str(error), True
     except KeyboardInterrupt:
-        code, message = 130, "stopped" + kept()
-    finally:
+        code, message = 130, "stopped"
+
+    with interrupts(signal.SIG_IGN):  # a second one, too, ends in this line
         if dist.is_initialized():
             dist.destroy_process_group()
-    if message and is_main_process():
-        print(f"{name}: {message}", file=sys.stderr)
+        if message and speaks:
+            print(f"{name}: {message}{last_words(kept) if code != 2 else ''}", file=sys.stderr)
+        release_folders()
     return code
 
 
@@ -111,6 +129,26 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.prog.removesuffix('.py')}: {message}\n")
+
+
+def last_words(kept) -> str:
+    try:
+        return kept()
+    except InputError as error:  # a file that it reads is damaged
+        return f"; {error}"
+
+
+@contextmanager
+def interrupts(handler):
+    """What Ctrl-C does meanwhile."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 class Interrupt:
@@ -167,6 +205,51 @@ MACHINE_FLAGS = {
 
 # --- processes ---------------------------------------------------------------------------------
 
+held = []  # (folder, its handle, whether it is new) of each that this process works in
+
+
+def hold_folder(path: Path, flag: str = "--out") -> None:
+    """Makes a folder where there is none, and keeps other processes out of it until run_program
+    ends. The lock is the kernel's, on the folder itself: it goes when its process does, however
+    that ends, and leaves no file. Windows, and file systems without locks, do without it.
+
+    Raises InputError where another process has it, OSError where it cannot be made."""
+    is_new = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    if fcntl is None or not is_main_process():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    held.append((path, handle, is_new))
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        busy = "another process works there; wait for its end, or give another folder"
+        raise InputError(f"{flag} {path}: {busy}") from None
+    except OSError:  # no locks here
+        return
+    for partial in path.glob(f"*{PARTIAL}"):  # of a process that was killed
+        partial.unlink()
+
+
+def release_folders() -> None:
+    while held:
+        path, handle, is_new = held.pop()
+        os.close(handle)
+        if is_new:
+            with suppress(OSError):
+                path.rmdir()  # where nothing was written
+
+
+@contextmanager
+def other_processes():
+    """Around what needs all of them."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0].split("] ", 1)[-1].partition(". ")[0]
+        lost = f"rank {dist.get_rank()} has lost another process ({reason})"
+        raise ProcessLost(f"{lost}; the same command goes on") from None
+
 
 def rank_and_world() -> tuple[int, int]:
     """Which of how many processes this is: (0, 1) without torchrun."""
@@ -179,7 +262,8 @@ def sum_over_processes(tensors: list[Tensor]) -> None:
     """Replaces each tensor by its sum over all processes; they travel as one."""
     if dist.is_initialized():
         joined = torch.cat([x.flatten().float() for x in tensors])
-        dist.all_reduce(joined)
+        with other_processes():
+            dist.all_reduce(joined)
         totals = joined.split([x.numel() for x in tensors])
         for x, total in zip(tensors, totals, strict=True):
             x.copy_(total.view_as(x))
@@ -190,7 +274,8 @@ def gather(item) -> list:
     items = [item]
     if dist.is_initialized():
         items = [None] * dist.get_world_size()
-        dist.all_gather_object(items, item)
+        with other_processes():
+            dist.all_gather_object(items, item)
     return items
 
 
@@ -261,6 +346,29 @@ def require_disk(needed: float, folder: Path) -> None:
         f"--out {folder}: needs {needed / 2**30:,.1f} GiB at least, {free / 2**30:,.1f} are free "
         "on its disk; make room or give another --out",
     )
+
+
+def environment(device: str) -> dict[str, str | int]:
+    """What a run's figures depend on beside flags, model and text: versions, processor, code."""
+    folder = Path(__file__).resolve().parent
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.py"), *folder.glob("*.cpp")]):
+        digest.update(path.read_bytes())
+    commit = ""
+    if (folder / ".git").exists():
+        with suppress(OSError):
+            command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+            commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    gpu = torch.cuda.get_device_name() if device.startswith("cuda") else None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": gpu or f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "processes": rank_and_world()[1],
+        "code": digest.hexdigest()[:12],
+        "commit": commit,
+    }
 
 
 def pick_dtype(device: str) -> str:

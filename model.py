@@ -380,8 +380,9 @@ def convert(
                 "start from the original"
             )
         attention = new.layers[i].self_attn
-        if tier == "L" and not (old_tier == "L" and same_settings) or tier == "X" != old_tier:
-            for name, x in attention.initial_parameters().items() if attention else ():
+        is_new = tier != old_tier or tier == "L" and not same_settings
+        if attention is not None and is_new:
+            for name, x in attention.initial_parameters().items():
                 dtype = x.dtype if FLOAT32.search(name) else model.norm.weight.dtype
                 weights[f"layers.{i}.self_attn.{name}"] = nn.Parameter(x.to(model.device, dtype))
 

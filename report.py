@@ -29,13 +29,14 @@ from machine import (
     Parser,
     add_flags,
     at_least,
+    environment,
     pick_device,
     pick_dtype,
     run_program,
     say,
 )
 from model import Model, cache_bytes, load_model
-from scan import count_trials, fingerprint, read_scan
+from scan import TRIALS, count_trials, fingerprint, hash_file, read_scan
 from tokenizer import Tokenizer, load_tokenizer, pack_sequences
 
 CONTEXT = 1024  # tokens of a sequence, and that each holds where decoding is timed
@@ -149,10 +150,17 @@ def table_column(figures: dict) -> dict[str, str]:
 
 
 def write_report(
-    report: dict, curve: dict, settings: Healing, args, layers: list[dict], seconds: float
+    report: dict,
+    curve: dict,
+    settings: Healing,
+    args,
+    layers: list[dict],
+    seconds: float,
+    hashes: dict,
 ) -> None:
     """report.json, and report.md, which the terminal shows too, into args.out. `report` is what
-    `evaluate` gives for base, converted and healed, `layers` the scan."""
+    `evaluate` gives for base, converted and healed, `layers` the scan, `hashes` those of what went
+    in."""
     healed, converted = report["healed"], report["converted"]
     plan = healed["plan"]
     instead = "a linear map instead" if args.removed == "linear" else "no attention"
@@ -182,17 +190,51 @@ It differs from the table's since it is on the first {watched:,} of these tokens
 KL {converted["kl"]:.4f} -> {healed["kl"]:.4f},
 agreement {converted["agreement"]:.1%} -> {healed["agreement"]:.1%}; {seconds / 60:.1f} min in all.
 """
+    weights = Path(args.out) / "model.safetensors"
     body = {
         **report,
         "plan": plan,
         "healing": {"settings": asdict(settings), **curve},
         "scan": layers,
         "command": vars(args),
+        "run": environment(args.device)
+        | hashes
+        | {"seed": args.seed, "healed": hash_file(weights)},
         "seconds": round(seconds, 1),
     }
+    before = read_json(Path(args.repeat))["run"] if args.repeat else body["run"]
     write_json(Path(args.out) / "report.json", body)
     write_text(Path(args.out) / "report.md", text.lstrip())
     say(text)
+    if args.repeat:
+        other = []
+        for name, x in body["run"].items():
+            other += [f"{name} {x}, was {before.get(name)}"] * (before.get(name) != x)
+        say(f"Beside {args.repeat}: {'; '.join(other) or 'the same healed weights, bit for bit'}.")
+
+
+def recorded_flags(path: str, parser: argparse.ArgumentParser) -> list[str]:
+    """The flags of the run that wrote a report.json, with the sizes that it chose itself, and
+    another folder to write to. Ends in the parser's error for another file."""
+    try:
+        record = read_json(Path(path))
+        command = record.get("command")
+        made = isinstance(command, dict) and isinstance(record.get("run"), dict)
+        require(made, f"{path}: does not record a run; give a report.json of layerboost.py")
+    except (InputError, OSError) as error:
+        parser.error(f"--repeat {error}")
+    flags = [f"--out={command.get('out')}-repeat"]
+    for name, value in command.items():
+        flag = name.replace("_", "-")
+        if name in ("out", "split", "minutes", "repeat", "prompt") or value in (None, []):
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{'' if value else 'no-'}{flag}")
+        elif name == "tasks":
+            flags += ["--tasks", *map(str, value)]
+        else:
+            flags.append(f"--{flag}={'+'.join(value) if name == 'measure' else value}")
+    return flags
 
 
 def kept(out: str) -> str:
@@ -200,7 +242,8 @@ def kept(out: str) -> str:
 
     def scanned(path: Path) -> str:
         made = read_scan(path)
-        return f"scan of {count_trials(made['layers']) / 2:g} of {made.get('of', '?')} layers"
+        done = count_trials(made["layers"]) / len(TRIALS)
+        return f"scan of {done:g} of {made.get('of', '?')} layers"
 
     def healed(path: Path) -> str:
         return "healing of {:,} of {:,} tokens".format(*healed_tokens(path))

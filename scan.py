@@ -47,6 +47,7 @@ from tokenizer import Tokenizer
 
 TASK_ITEMS = 100  # of the first question file, of the task measure
 MEASURES = ("kl", "recall", "task")
+TRIALS = "XL"  # the tiers that every layer is tried in
 
 
 # --- measures of damage ------------------------------------------------------------------------
@@ -170,9 +171,9 @@ def scan(
     `path` after each. Raises Diverged for damage that is not finite.
     """
     n = len(model.layers)
-    altered = {tier: convert(model, tier * n, **tiers) for tier in "XL"}  # a trial takes a block
+    altered = {tier: convert(model, tier * n, **tiers) for tier in TRIALS}  # a trial takes a block
     rank, world = rank_and_world()
-    trials = [(i, tier) for i in range(n) for tier in "XL"][count_trials(layers) :]
+    trials = [(i, tier) for i in range(n) for tier in TRIALS][count_trials(layers) :]
     own = trials[rank::world]  # each process takes one of the next trials
     idle = math.ceil(len(trials) / world) - len(own)  # 1 where others have one more, else 0
 
@@ -265,7 +266,7 @@ def check_scan(path: Path, identity: dict, measures: list[str], n: int) -> list[
     made = read_scan(path)
     made["identity"].setdefault("removed", "nothing")  # as before there were linear maps
     columns = [name for name in MEASURES if name in made["layers"][0]["X"]]
-    unfinished = count_trials(made["layers"]) < 2 * n
+    unfinished = count_trials(made["layers"]) < len(TRIALS) * n
     require(
         set(measures) <= set(columns) and not (unfinished and set(measures) < set(columns)),
         f"{path}: was measured with --measure {'+'.join(columns)}, "

@@ -4,6 +4,7 @@ in one line that names the file or flag and the fix, or in a slower way to the s
 """
 
 import dataclasses
+import errno
 import functools
 import gzip
 import io
@@ -956,7 +957,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     path = tmp_path / "healing.safetensors"
     path.write_bytes(b"half of it")
     with pytest.raises(InputError, match="healing.safetensors: cannot be read .*; delete it"):
-        distill.find_checkpoint([path], distill.Healing(), {})
+        distill.find_checkpoint(path, distill.Healing(), {})
 
 
 # --- flags ---------------------------------------------------------------------------------------
@@ -1141,6 +1142,56 @@ def test_ctrl_c_says_what_is_kept_and_nothing_is_done_again(
     plan = json.loads((tmp_path / "report.json").read_text())["plan"]
     assert asked == [plan, plan]  # of the converted and the healed one alone
     assert "resumed at 512 of 512 tokens" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_line_at_each_write_and_loses_nothing(
+    made, llama, text, tmp_path, capsys, monkeypatch
+):
+    flags = ["--measure", "kl", "--tokens", "1k"]
+    replace = os.replace
+    left = [0]
+
+    def full(source, target):
+        left[0] -= 1
+        if str(source).endswith(".partial") and left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    out = tmp_path / "out"
+    named = set()
+    for left[0] in range(0, 30, 6):  # so many files fit
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", full)
+            code = layerboost.main(short_run(llama, text, out, *flags))
+        if code == 0:
+            break
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert code == 2 and line.endswith(f": {os.strerror(errno.ENOSPC)}")
+        named.add(Path(line.split(": ")[1]).name)
+        assert not list(tmp_path.glob("**/*.partial"))
+    assert code == 0 and named >= {"scan.json", "healing.safetensors"}
+    for name in ("model.safetensors", "scan.json", "config.json"):
+        assert (out / name).read_bytes() == (made / name).read_bytes(), name
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path, capsys):
+    """The lock of one that is killed goes with it."""
+    out = tmp_path / "out"
+    code = f"import machine, pathlib; machine.hold_folder(pathlib.Path({str(out)!r})); print(1)\n"
+    holds = [sys.executable, "-c", code + "import time; time.sleep(60)"]
+    with subprocess.Popen(holds, cwd=HERE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "1\n"
+        assert machine.run_program("layerboost", lambda: machine.hold_folder(out)) == 2
+        other.kill()
+    assert f"--out {out}: another process works there" in capsys.readouterr().err
+
+    (out / "scan.json.partial").write_text("half")
+    assert machine.run_program("layerboost", lambda: machine.hold_folder(out)) == 0
+    assert out.exists() and not list(out.iterdir())  # it was there before
+    new = tmp_path / "new"
+    assert machine.run_program("layerboost", lambda: machine.hold_folder(new)) == 0
+    assert not new.exists()  # nothing was written
 
 
 def test_output_that_nobody_reads_ends_the_run_without_a_word(monkeypatch, capsys):

@@ -17,6 +17,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import attention
 import bench
 import cpu
 import distill
@@ -39,6 +41,7 @@ import engine as engine_module
 import gpu
 import kernels
 import layerboost
+import long_decode
 import machine
 import measure
 import model as model_module
@@ -204,6 +207,49 @@ def test_a_tail_that_outweighs_its_window_does_not_overflow(form):
     *inputs, b = random_inputs(60, "hedgehog")
     large, larger = (form(*inputs, b + more, 8, 2)[:, :, 10:] for more in (60, 100))
     near(larger, large)
+
+
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_scores_of_10000_and_features_of_1e30_do_no_harm(form):
+    """One key wins or loses by 10,000: then it is all that is seen locally, or nothing of it.
+    Features that large leave the tail alone to count."""
+    query, key, value, phi_query, phi_key, b = random_inputs(60, "hedgehog")
+    key[..., -1] = key.shape[-1] ** 0.5
+    query[..., -1] = 0
+    for score in (1e4, -1e4):
+        one = key.clone()
+        one[:, :, 30] = 0
+        one[:, :, 30, 0] = score * key.shape[-1] ** 0.5
+        query[..., 0] = 1
+        out = form(query, one, value, phi_query, phi_key, b, 8, 2)
+        assert out.isfinite().all()
+        if score > 0:
+            near(
+                out[:, :, 30:38],
+                value[:, :, 30].repeat_interleave(2, 1)[:, :, None].expand(-1, -1, 8, -1),
+            )
+
+    exact = form(query, key, value, phi_query, phi_key, b + 60, 8, 2)[:, :, 10:]
+    for more in ((1e30, 1), (1, 1e30)):
+        large = form(query, key, value, more[0] * phi_query, more[1] * phi_key, b, 8, 2)[:, :, 10:]
+        near(large, exact)
+
+
+@pytest.mark.parametrize("plan", ["SSS", "SLX", "LLL"])
+def test_one_token_repeated_is_read_like_any_text(llama, plan):
+    model = boosted(llama, plan)
+    ids = torch.full((2, 60), 5)
+    cache = model.new_cache(2, 60)
+    with torch.no_grad():
+        whole = model(ids)
+        pieces = [model(piece, cache) for piece in ids.split([30, *[1] * 30], dim=1)]
+    assert whole.isfinite().all()
+    near(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_long_decoding_in_bfloat16_stays_with_float64():
+    assert long_decode.errors(20_000).max() < 1e-2
 
 
 def random_step(H: int, G: int, D: int, dtype=torch.float32) -> dict[str, list]:
@@ -1382,6 +1428,55 @@ def test_healing_helps_and_resumes_exactly(llama, tmp_path, monkeypatch):
     assert_same_weights(finished, student)
 
 
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) * 3 // 4] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "cut": lambda path, other: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "empty": lambda path, other: path.write_bytes(b""),
+    "flipped": lambda path, other: flip_a_bit(path),
+    "other": lambda path, other: shutil.copy(other, path),
+}
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    llama, tmp_path, monkeypatch, capsys
+):
+    student, _ = heal_small(llama, tmp_path / "whole.safetensors")
+    other = tmp_path / "other.safetensors"
+    heal_until(1, monkeypatch, llama, other, seed=1)
+    (tmp_path / "made").mkdir()
+    for _ in range(2):
+        heal_until(2, monkeypatch, llama, tmp_path / "made" / "healing.safetensors")
+    for name, damage in DAMAGES.items():
+        checkpoint = tmp_path / name / "healing.safetensors"
+        before = checkpoint.with_name("healing-before.safetensors")
+        shutil.copytree(tmp_path / "made", checkpoint.parent)
+        damage(checkpoint, other)
+        capsys.readouterr()
+        heal_until(1, monkeypatch, llama, checkpoint)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith(f"{checkpoint}: ")
+        assert lines[1] == f"the one before it is used: {before}"
+        assert lines[2] == "resumed at 256 of 1,792 tokens"
+        assert distill.read_checkpoint(before)[0]["step"] == 2  # no damaged one took its place
+    assert_same_weights(heal_small(llama, checkpoint)[0], student)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_a_run_loses_nothing(llama, text, tmp_path):
+    program = Path(__file__).parent / "results/faults.py"
+    flags = short_run(llama, text, tmp_path, "--measure", "kl", "--tokens", "2k")
+    flags[flags.index("--out") : flags.index("--out") + 2] = ["--context", "128"]
+    run = subprocess.run(
+        [sys.executable, str(program), "4", *flags], capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 def test_a_checkpoint_goes_on_under_its_own_settings_alone(llama, tmp_path):
     checkpoint = tmp_path / "healing.safetensors"
     heal_small(llama, checkpoint)
@@ -1815,6 +1910,80 @@ def test_the_whole_story(llama, text, tmp_path, capsys):
     assert figures["base"]["kl"] == 0
 
 
+class MeanCache:
+    def __init__(self, total: torch.Tensor):
+        self.total = total  # (B, G, D), of the values so far
+
+
+class MeanPooling(SoftmaxAttention):
+    """A tier of somebody else's, M: the mean of all values so far."""
+
+    def __init__(self, config, layer: int):
+        super().__init__(config, layer)
+        del self.q_proj, self.k_proj
+
+    def forward(self, x, rotary, cache=None, positions=None, new=None):
+        c, end = self.config, torch.arange(1, x.shape[1] + 1)[:, None]
+        value = self.v_proj(x).float().unflatten(-1, (-1, c.head_dim))  # (B, T, G, D)
+        if new is not None:
+            value = value * (end <= new[:, None, None])[..., None]
+        total = value.cumsum(1)
+        if cache is not None:
+            total = total + cache.total[:, None]
+            cache.total.copy_(total[:, -1])
+            end = end + positions[:, None, None]
+        mean = (total / end[..., None]).to(x.dtype)  # (B, T, G, D)
+        heads = mean.repeat_interleave(c.num_attention_heads // c.num_key_value_heads, 2)
+        return self.o_proj(heads.flatten(2))
+
+    def new_cache(self, batch, max_tokens, dtype, device):
+        size = (batch, self.config.num_key_value_heads, self.config.head_dim)
+        return MeanCache(torch.zeros(size, device=device))
+
+
+def test_a_tier_of_somebody_elses_goes_through_the_whole_story(llama, text, tmp_path, monkeypatch):
+    """With no more changes than README's "Fork it" names."""
+    step_costs = roofline.step_costs
+
+    def with_mean(model, batch, context):
+        costs, c, layers = step_costs(model, batch, context), model.config, model.plan.count("M")
+        G, D = c.num_key_value_heads, c.head_dim
+        weights = layers * (G + c.num_attention_heads) * D * c.hidden_size
+        size, operations = costs["weights"]
+        size += weights * model.norm.weight.element_size()
+        costs["weights"] = (size, operations + 2 * weights * batch)
+        return costs | {"mean": (layers * batch * 8 * G * D, layers * batch * 2 * G * D)}
+
+    monkeypatch.setitem(attention.TIERS, "M", MeanPooling)
+    monkeypatch.setattr(scan_module, "TRIALS", "XLM")
+    monkeypatch.setattr(roofline, "step_costs", with_mean)
+    monkeypatch.setitem(scan_module.PLANNERS, "tier", lambda *_: "SML")
+    assert (
+        layerboost.main(short_run(llama, text, tmp_path, "--measure", "kl", "--tokens", "1k")) == 0
+    )
+    scanned = json.loads((tmp_path / "scan.json").read_text())["layers"]
+    assert len(scanned) == 3 and all(row["M"]["kl"] > 0 for row in scanned)
+
+    model = load_model(str(tmp_path))
+    assert model.plan == "SML" and model.layers[1].self_attn.v_proj.weight.any()
+    ids = torch.randint(0, 700, (1, 20))
+    cache = model.new_cache(1, 20)
+    with torch.no_grad():
+        pieces = [model(piece, cache) for piece in ids.split([7, 1, 12], dim=1)]
+        near(torch.cat(pieces, 1), model(ids), rtol=1e-4, atol=1e-4)
+    requests = [Request(ids[0, :count], 5) for count in (3, 9)]
+    deque(Engine(model, 2, 32).run(deque(requests)), maxlen=0)
+    for request in requests:
+        alone = model.generate(request.prompt, 5)[0, len(request.prompt) :]
+        assert request.output == alone.tolist()
+
+    costs = roofline.step_costs(model, 3, 200)
+    held = (
+        costs["softmax cache"][0] + costs["window"][0] + (costs["state"][0] + costs["mean"][0]) / 2
+    )
+    assert held == 3 * model_module.cache_bytes(model, 200)
+
+
 def test_a_second_plan_comes_from_the_same_scan(llama, text, tmp_path, capsys, monkeypatch):
     """Also where it heals on other text."""
     first, second = tmp_path / "first", tmp_path / "second"
@@ -1833,6 +2002,24 @@ def test_a_second_plan_comes_from_the_same_scan(llama, text, tmp_path, capsys, m
     assert "Scan: read from" in printed and "was measured on other text than this run's" in printed
     report = json.loads((second / "report.json").read_text())
     assert report["scan"] == scanned["layers"] and report["plan"].count("S") == 2
+
+
+def test_a_report_repeats_its_run(llama, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["--measure", "kl", "--tokens", "1k", "--keep", "1", "--drop", "1"]
+    assert layerboost.main(short_run(llama, text, out, *flags)) == 0
+    assert layerboost.main(["--repeat", str(out / "report.json")]) == 0
+    said = f"Beside {out}/report.json: the same healed weights, bit for bit."
+    assert said in capsys.readouterr().out
+    again, record = f"{out}-repeat", json.loads((out / "report.json").read_text())
+    assert json.loads(Path(again, "report.json").read_text())["run"] == record["run"]
+    assert {"torch", "processor", "code", "model", "data", "plan", "seed"} <= set(record["run"])
+
+    args = layerboost.parse_arguments(["--repeat", str(out / "report.json"), "--out", "x"])
+    assert args.out == "x" and args.tokens == 1000 and args.keep == 1
+    with pytest.raises(SystemExit):
+        layerboost.parse_arguments(["--repeat", str(out / "scan.json")])
+    assert "scan.json: does not record a run" in capsys.readouterr().err
 
 
 def test_two_processes_scan_and_heal_as_one_does(llama, text, tmp_path):
