@@ -58,7 +58,8 @@ def find_model(path_or_hub_id: str, revision: str | None = None) -> Path:
         is_hub_id and not path_or_hub_id.startswith("."),
         f"{path_or_hub_id}: no such folder; give that of a model, or a Hub id",
     )
-    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+    weights = ["*.safetensors", "*.safetensors.index.json"]
+    patterns = ["config.json", "README.md", *weights, *TOKENIZER_FILES]
     folder = download(
         "snapshot_download",
         path_or_hub_id,
@@ -136,7 +137,7 @@ def write_file(path: Path, write) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_file(path, lambda temporary: temporary.write_text(text, "utf-8", "replace"))
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -10,12 +10,12 @@ Healing distils the original back into the converted model. `boost` tells this s
 
     python layerboost.py                    all of this on the embedded model of tiny/, in minutes
     python layerboost.py --model DIR --data TEXT --keep 10 --tokens 200k --out out/name
-    python layerboost.py --model out/name --prompt "The capital of France is"
+    python layerboost.py --model out/name --prompt "The capital of France is"    or --chat
+    python layerboost.py --model DIR --adapter out/name/adapter.safetensors    the same, no healing
     torchrun --nproc-per-node=4 layerboost.py --model ...    work shared out over processes
 """
 
 import argparse
-import codecs
 import os
 import sys
 import time
@@ -25,9 +25,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import chat
 import cpu
 import report
 import scan
+from adapter import load_adapter, read_adapter
 from budget import DECODING, SCANS, Budget, make_budget
 from config import REMOVED
 from distill import Healing, heal, healed_tokens, tail_names
@@ -38,6 +40,7 @@ from machine import (
     MACHINE_FLAGS,
     add_flags,
     at_least,
+    clock,
     gather,
     is_main_process,
     pick_dtype,
@@ -45,6 +48,8 @@ from machine import (
     run_program,
     say,
     start_process,
+    token_count,
+    utf8,
 )
 from measure import read_tasks
 from model import Model, cache_bytes, convert, load_model, parse_plan, save_model
@@ -129,22 +134,22 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     sizes = (args.passkeys, budget.recall_lengths)
     measured = out / "evaluation.json"
     figures = report.evaluate(models, model, tokenizer, valid, tasks, *sizes, measured)
-    report.write_report(figures, curve, settings, args, layers, time.monotonic() - started)
+    report.write_report(figures, curve, settings, args, layers, time.monotonic() - started, source)
     for name in ("base", "healed"):
         say(f"{name + ' goes on:':17}" + report.continuation(models[name], tokenizer, valid))
     say_what_next(args)
 
 
-def check_arguments(model: Model, source: Path, tiers: dict, args) -> None:
-    """What is wrong with the flags together, or with this model, stops here, before any work.
-    args.keep, args.plan, args.context and args.batch get their values."""
-    n = len(model.layers)
-    reach = model.config.max_position_embeddings
-    args.keep = round(n / 3) if args.keep is None else args.keep
-    args.plan = args.plan and parse_plan(args.plan, n)
-    args.context = min(args.context, reach)
-    args.batch = args.batch or rank_and_world()[1]
+def take_adapter(model: Model, source: Path, args) -> None:
+    """What --adapter holds in the place of healing: the model into args.out."""
+    check_original(model, source, args)
+    healed = load_adapter(model, Path(args.adapter))
+    save_model(healed, args.out, source)
+    say(f"Plan: {healed.plan}")
+    say_what_next(args)
 
+
+def check_original(model: Model, source: Path, args) -> None:
     require(
         Path(args.out).resolve() != source.resolve(),
         f"--out {args.out}: is the folder of the original; give another",
@@ -152,8 +157,20 @@ def check_arguments(model: Model, source: Path, tiers: dict, args) -> None:
     require(
         set(model.plan) == {"S"},
         f"--model {args.model}: is converted already (plan {model.plan}); start from the "
-        "original, or give --prompt, or measure it with report.py",
+        "original, or give --prompt or --chat, or measure it with report.py",
     )
+
+
+def check_arguments(model: Model, source: Path, tiers: dict, args) -> None:
+    """What is wrong with the flags together, or with this model, stops here, before any work.
+    args.keep, args.plan, args.context and args.batch get their values."""
+    check_original(model, source, args)
+    n = len(model.layers)
+    reach = model.config.max_position_embeddings
+    args.keep = round(n / 3) if args.keep is None else args.keep
+    args.plan = args.plan and parse_plan(args.plan, n)
+    args.context = min(args.context, reach)
+    args.batch = args.batch or rank_and_world()[1]
     require(
         args.keep + args.drop <= n,
         f"{args.split}: {args.keep} layers to keep and {args.drop} to drop are more than the "
@@ -340,12 +357,6 @@ def forward_rate(model: Model, tokens: int = 1024) -> float:
     return tokens / (time.perf_counter() - start)
 
 
-def clock(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def describe_plan(model: Model, plan: str, tiers: dict, layers: list[dict], measures: list[str]):
     """What a plan is predicted to cost before healing, where there is a scan, and what it saves."""
     lines = []
@@ -365,7 +376,7 @@ def describe_plan(model: Model, plan: str, tiers: dict, layers: list[dict], meas
 
 def kept(args) -> str:
     """What a run that was stopped has left in its folder: the same command goes on from there."""
-    if args.prompt is not None:
+    if args.prompt is not None or args.chat or args.adapter:
         return ""
     out, parts = Path(args.out), []
     if (path := out / "scan.json").exists():
@@ -384,45 +395,12 @@ def say_what_next(args) -> None:
     is_tiny = args.model == str(TINY)
     prompt = "It was late in the evening when" if is_tiny else "The history of"
     say(f'\nSaved to {args.out}. Try: python layerboost.py --model {args.out} --prompt "{prompt}"')
+    say(f'To share it: hf upload YOU/{Path(args.out).name} {args.out} . --exclude "healing*"')
     if is_tiny:
         say(NEXT_STEPS)
 
 
-def generate_text(model: Model, tokenizer: Tokenizer, args) -> None:
-    """Streams the continuation of --prompt to the terminal, or says why there is none."""
-    ids = tokenizer.encode(args.prompt)
-    require(ids, "--prompt is empty; give it some text")
-    print(args.prompt, end="", flush=True)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
-    prompt = torch.tensor([ids], device=model.device)
-    sampling = (args.temperature, args.top_k, args.top_p, args.seed)
-    written = 0
-    for token in model.stream(prompt, args.max_new_tokens, *sampling):
-        if token.item() in model.config.eos_token_ids:
-            break
-        written += 1
-        print(decoder.decode(tokenizer.decode_bytes(token.tolist())), end="", flush=True)
-    print(decoder.decode(b"", final=True))
-    if not written:
-        print(
-            f"{args.model} ended the text at once, as an instruct model does without its chat "
-            "format; give --prompt the beginning of a text, as 'The capital of France is'",
-            file=sys.stderr,
-        )
-
-
 # --- command line ------------------------------------------------------------------------------
-
-
-def token_count(text: str) -> int:
-    """200k, 10M or a plain number."""
-    scale = {"k": 1e3, "m": 1e6}.get(text[-1:].lower())
-    try:
-        return int(float(text[:-1]) * scale) if scale else int(text)
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of tokens; write 200k, 10M or 4096"
-        ) from None
 
 
 def measure_names(text: str) -> list[str]:
@@ -466,6 +444,7 @@ FLAGS = {
     "healing": {
         "tokens": (token_count, None, "to heal on, as 200k; the rest of the run by it [10M]"),
         "minutes": (at_least(1e-9, float), None, "for all of the run, in the place of --tokens"),
+        "adapter": (str, None, "take what a run learned (its adapter.safetensors), heal nothing"),
         "rank": (at_least(1), 16, "of the adapters"),
         "lr": (at_least(1e-9, float), 1e-3, "highest learning rate"),
         "context": (at_least(2), 512, "tokens of a training sequence"),
@@ -473,14 +452,16 @@ FLAGS = {
         "activation-checkpointing": (bool, None, "less memory, more time [keep activations]"),
     },
     "generation": {
-        "prompt": (str, None, "only continue this text with MODEL"),
-        "max-new-tokens": (at_least(1), 100, "at most so many more tokens"),
+        "prompt": (utf8, None, "only continue this text with MODEL"),
+        "chat": (bool, None, "only talk to MODEL, by its chat template"),
+        "system": (utf8, None, "message that a chat begins with [none]"),
+        "max-new-tokens": (at_least(1), None, "at most so many more tokens [100; chat: 1,000]"),
         "temperature": (at_least(0.0, float), 0.7, "0 takes the likeliest token"),
         "top-k": (at_least(1), None, "draw from the K likeliest tokens [all]"),
-        "top-p": (at_least(1e-9, float), 0.9, "draw from the likeliest P of probability"),
+        "top-p": (at_least(0.0, float), 0.9, "draw from the likeliest P of probability"),
     },
     "machine": {
-        "seed": (int, 0, "of data order, adapters and samples"),
+        "seed": (at_least(0, most=2**62), 0, "of data order, adapters and samples"),
         **MACHINE_FLAGS,
         "compile": (
             bool,
@@ -500,8 +481,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     add_flags(parser, FLAGS)
     given = parser.parse_args(argv)
-    if given.tokens and given.minutes:
-        parser.error("--tokens and --minutes: give one of them")
+    for flags in (("tokens", "minutes"), ("prompt", "chat", "adapter")):
+        named = [f"--{flag}" for flag in flags if getattr(given, flag) not in (None, False)]
+        if named[1:]:
+            parser.error(f"{' and '.join(named)}: give one of them")
 
     defaults = {"tokens": TEXT_TOKENS, "drop": 0}
     if given.model is None:
@@ -520,14 +503,20 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 def run(args) -> None:
     args.device = start_process(args.device)
+    if args.adapter:
+        args.dtype = args.dtype or read_adapter(Path(args.adapter))["dtype"]
     args.dtype = args.dtype or pick_dtype(args.device)
     source = find_model(args.model, args.revision)
     tokenizer = load_tokenizer(str(source))
     model = load_model(str(source), dtype=getattr(torch, args.dtype), device=args.device)
-    if args.prompt is None:
-        boost(model, tokenizer, source, args)
+    if args.prompt is not None:
+        chat.generate_text(model, tokenizer, args)
+    elif args.chat:
+        chat.chat(model, tokenizer, source, args)
+    elif args.adapter:
+        take_adapter(model, source, args)
     else:
-        generate_text(model, tokenizer, args)
+        boost(model, tokenizer, source, args)
 
 
 def main(argv=None) -> int:

@@ -7,7 +7,10 @@ and they do nothing.
 """
 
 import argparse
+import io
+import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -36,6 +39,18 @@ def say(*lines) -> None:
     if is_main_process():
         with tqdm.external_write_mode():
             print(*lines, sep="\n", flush=True)
+
+
+def visible(text: str) -> str:
+    """Text with its control characters written out, but for line breaks and tabs: what a model
+    writes cannot move the cursor, or set the title, of a terminal."""
+    return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
+
+
+def clock(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def progress(*iterable, **options) -> tqdm:
@@ -77,16 +92,23 @@ class Diverged(RuntimeError):
 def run_program(name: str, run, kept=lambda: "") -> int:
     """Calls run(). Returns its exit code: 0 done, 1 diverged, 2 bad input, 130 stopped by Ctrl-C,
     141 when whoever reads the output has left. But for 0 and 141, one line on stderr says why, and
-    where a run diverged or was stopped, kept() what is left of it."""
+    where a run diverged or was stopped, kept() what is left of it. Characters that the terminal's
+    encoding lacks are shown as question marks."""
+    sys.stdin = sys.stdin or open(os.devnull)  # None where it was closed
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     code, message = 0, ""
     try:
         run()
         sys.stdout.flush()
     except InputError as error:
         code, message = 2, str(error)
-    except BrokenPipeError:  # as of `| head`; what is flushed at exit must not fail again
+    except BrokenPipeError:  # as of `| head`
         code = 141
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_broken_pipes()
     except OSError as error:
         code, message = 2, f"{error.filename or '--out'}: {error.strerror or error}"
     except Diverged as error:
@@ -97,8 +119,20 @@ def run_program(name: str, run, kept=lambda: "") -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     if message and is_main_process():
-        print(f"{name}: {message}", file=sys.stderr)
+        try:
+            print(visible(f"{name}: {message}"), file=sys.stderr, flush=True)
+        except BrokenPipeError:
+            drop_broken_pipes()
     return code
+
+
+def drop_broken_pipes() -> None:
+    """What is flushed at exit goes nowhere, or would fail again."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Interrupt:
@@ -119,15 +153,35 @@ class Interrupt:
         say("\nstopping after this step ...")
 
 
-def at_least(least, kind=int):
-    """An argparse type: a number that is `least` or more."""
+def at_least(least, kind=int, most=math.inf):
+    """An argparse type: a number that is `least` or more, and `most` or less."""
 
     def number(text: str):
-        if not kind(text) >= least:
-            raise argparse.ArgumentTypeError(f"{text} is not {least} or more")
+        if not least <= kind(text) <= most:
+            limits = f"{least} or more" if most == math.inf else f"from {least} to {most:,}"
+            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
         return kind(text)
 
     return number
+
+
+def token_count(text: str) -> int:
+    """200k, 10M or a plain number."""
+    scale = {"k": 1e3, "m": 1e6}.get(text[-1:].lower())
+    try:
+        return int(float(text[:-1]) * scale) if scale else int(text)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of tokens; write 200k, 10M or 4096"
+        ) from None
+
+
+def utf8(text: str) -> str:
+    """An argparse type: text. Of bytes that the locale lacks Python makes lone surrogates."""
+    try:
+        return os.fsencode(text).decode() if re.search("[\ud800-\udfff]", text) else text
+    except UnicodeError:
+        raise argparse.ArgumentTypeError("is not UTF-8; write it in UTF-8") from None
 
 
 def add_flags(parser: argparse.ArgumentParser, groups: dict[str, dict]) -> None:
