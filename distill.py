@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from adapter import add_adapters, merge_adapters, save_adapter
 from hub import InputError, content_hash, open_safetensors, require, save_safetensors
 from kernels import sliced_kl
 from machine import Diverged, Interrupt, gather, progress, rank_and_world, say, sum_over_processes
@@ -194,9 +195,15 @@ def heal(
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update(settings.tokens_after(run.step) - settings.tokens_after(run.step - 1))
 
+    student.config.healed_context = settings.longest
+    save_adapter(teacher, student, settings.rank, checkpoint.with_name("adapter.safetensors"))
+    parts = [ids for ids, _ in run.targets]
+    unmerged = hidden_states(student, parts)
     merge_adapters(student)
     student.requires_grad_(False)
-    student.config.healed_context = settings.longest
+    if parts:
+        kl = merged_kl(student, parts, unmerged)
+        say(f"Merging the adapters, each weight rounded once, changes the model by KL {kl:.1e}.")
     return run.curve
 
 
@@ -424,6 +431,17 @@ def distillation(teacher: Model, student: Model, ids: Tensor, weight=1.0, compil
     return loss.detach()
 
 
+@torch.no_grad()
+def merged_kl(student: Model, parts: list[Tensor], unmerged: list[Tensor]) -> float:
+    """KL(unmerged || merged) per token, from what hidden states [B, T, d] were before on `parts`
+    of ids."""
+    kl = [
+        kl_by_position(student.hidden(ids), hidden, student.head, student.head)
+        for ids, hidden in zip(parts, unmerged)
+    ]
+    return max(0.0, float(torch.cat(kl).mean()))  # rounding can make it less
+
+
 # --- what learns -------------------------------------------------------------------------------
 
 
@@ -446,47 +464,6 @@ def tail_names(student: Model) -> set[str]:
         if layer.self_attn is not None:
             names |= {f"layers.{i}.self_attn.{name}" for name in layer.self_attn.tail_parameters()}
     return names
-
-
-class LoRALinear(nn.Module):
-    """A frozen linear layer and a trained low-rank one beside it, W x + 2 B A x, with A [rank,
-    inputs] and B [outputs, rank]. B starts at zero, so at first nothing changes."""
-
-    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
-        super().__init__()
-        self.linear = linear
-        outputs, inputs = linear.weight.shape
-        start = torch.randn(rank, inputs, generator=generator) * inputs**-0.5
-        self.A = nn.Parameter(start.to(linear.weight.device))
-        self.B = nn.Parameter(torch.zeros(outputs, rank, device=linear.weight.device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + (x @ self.A.to(x.dtype).T) @ (2 * self.B).to(x.dtype).T
-
-    def merged(self) -> nn.Linear:
-        """The layer with W + 2 B A in the place of W, a tensor that the teacher goes on using."""
-        weight = self.linear.weight
-        weight = (weight.float() + 2 * self.B @ self.A).to(weight.dtype)
-        self.linear.weight = nn.Parameter(weight, requires_grad=False)
-        return self.linear
-
-
-def add_adapters(model: Model, rank: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    replace_linears(model, nn.Linear, lambda linear: LoRALinear(linear, rank, generator))
-
-
-@torch.no_grad()
-def merge_adapters(model: Model) -> None:
-    replace_linears(model, LoRALinear, LoRALinear.merged)
-
-
-def replace_linears(model: Model, kind: type, make) -> None:
-    """Puts make(module) in the place of every module of this kind inside the blocks."""
-    for parent in [m for m in model.layers.modules() if not isinstance(m, LoRALinear)]:
-        for name, child in list(parent.named_children()):
-            if isinstance(child, kind):
-                setattr(parent, name, make(child))
 
 
 # --- the optimizer -----------------------------------------------------------------------------

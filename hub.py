@@ -66,7 +66,8 @@ def find_model(path_or_hub_id: str, revision: str | None = None) -> Path:
         is_hub_id and not path_or_hub_id.startswith("."),
         f"{path_or_hub_id}: no such folder; give that of a model, or a Hub id",
     )
-    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+    weights = ["*.safetensors", "*.safetensors.index.json"]
+    patterns = ["config.json", "README.md", *weights, *TOKENIZER_FILES]
     folder = download(
         "snapshot_download",
         path_or_hub_id,
@@ -132,19 +133,6 @@ def open_safetensors(path: Path, fix: str = "download it again"):
         raise InputError(f"{path}: cannot be read as safetensors ({error}); {fix}") from None
 
 
-def read_metadata(tensors, path: Path, kinds: dict[str, type], fix: str) -> dict:
-    """{key: value} of the JSON that the metadata of an open safetensors file has under each key, of
-    these types. Raises InputError where it has not."""
-    metadata = tensors.metadata() or {}
-    try:
-        values = {key: json.loads(metadata[key]) for key in kinds}
-    except (KeyError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: damaged metadata ({error}); {fix}") from None
-    for key, kind in kinds.items():
-        require(type(values[key]) is kind, f"{path}: damaged metadata ({key}); {fix}")
-    return values
-
-
 def write_file(path: Path, write) -> None:
     """write(temporary path), then rename. Raises OSError naming the file where it cannot be
     written; then nothing of it is left to fill the disk."""
@@ -160,7 +148,7 @@ def write_file(path: Path, write) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_file(path, lambda temporary: temporary.write_text(text, "utf-8", "replace"))
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -10,12 +10,12 @@ Healing distils the original back into the converted model. `boost` tells this s
 
     python layerboost.py                    all of this on the embedded model of tiny/, in minutes
     python layerboost.py --model DIR --data TEXT --keep 10 --tokens 200k --out out/name
-    python layerboost.py --model out/name --prompt "The capital of France is"
+    python layerboost.py --model out/name --prompt "The capital of France is"    or --chat
+    python layerboost.py --model DIR --adapter out/name/adapter.safetensors    the same, no healing
     torchrun --nproc-per-node=4 layerboost.py --model ...    work shared out over processes
 """
 
 import argparse
-import codecs
 import os
 import signal
 import sys
@@ -29,9 +29,11 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported
 import torch
 from torch import Tensor
 
+import chat
 import cpu
 import report
 import scan
+from adapter import load_adapter, read_adapter
 from budget import DECODING, SCANS, Budget, make_budget
 from config import REMOVED
 from distill import Healing, heal, healing_bytes, tail_names
@@ -43,6 +45,7 @@ from machine import (
     Parser,
     add_flags,
     at_least,
+    clock,
     gather,
     hold_folder,
     is_main_process,
@@ -53,6 +56,8 @@ from machine import (
     run_program,
     say,
     start_process,
+    token_count,
+    utf8,
 )
 from measure import read_tasks
 from model import Model, cache_bytes, convert, load_model, parse_plan, save_model
@@ -142,22 +147,23 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     measured = out / "evaluation.json"
     figures = report.evaluate(models, model, tokenizer, valid, tasks, *sizes, measured)
     same["valid"] = scan.fingerprint(valid)
-    report.write_report(figures, curve, settings, args, layers, time.monotonic() - started, same)
+    seconds = time.monotonic() - started
+    report.write_report(figures, curve, settings, args, layers, seconds, same, source)
     for name in ("base", "healed"):
         say(f"{name + ' goes on:':17}" + report.continuation(models[name], tokenizer, valid))
     say_what_next(args)
 
 
-def check_arguments(model: Model, source: Path, tiers: dict, args) -> None:
-    """What is wrong with the flags together, or with this model, stops here, before any work.
-    args.keep, args.plan, args.context and args.batch get their values."""
-    n = len(model.layers)
-    reach = model.config.max_position_embeddings
-    args.keep = round(n / 3) if args.keep is None else args.keep
-    args.plan = None if args.plan is None else parse_plan(args.plan, n)
-    args.context = min(args.context, reach)
-    args.batch = args.batch or rank_and_world()[1]
+def take_adapter(model: Model, source: Path, args) -> None:
+    """What --adapter holds in the place of healing: the model into args.out."""
+    check_original(model, source, args)
+    healed = load_adapter(model, Path(args.adapter))
+    save_model(healed, args.out, source)
+    say(f"Plan: {healed.plan}")
+    say_what_next(args)
 
+
+def check_original(model: Model, source: Path, args) -> None:
     require(
         Path(args.out).resolve() != source.resolve(),
         f"--out {args.out}: is the folder of the original; give another",
@@ -165,8 +171,20 @@ def check_arguments(model: Model, source: Path, tiers: dict, args) -> None:
     require(
         set(model.plan) == {"S"},
         f"--model {args.model}: is converted already (plan {model.plan}); start from the "
-        "original, or give --prompt, or measure it with report.py",
+        "original, or give --prompt or --chat, or measure it with report.py",
     )
+
+
+def check_arguments(model: Model, source: Path, tiers: dict, args) -> None:
+    """What is wrong with the flags together, or with this model, stops here, before any work.
+    args.keep, args.plan, args.context and args.batch get their values."""
+    check_original(model, source, args)
+    n = len(model.layers)
+    reach = model.config.max_position_embeddings
+    args.keep = round(n / 3) if args.keep is None else args.keep
+    args.plan = None if args.plan is None else parse_plan(args.plan, n)
+    args.context = min(args.context, reach)
+    args.batch = args.batch or rank_and_world()[1]
     require(
         args.keep + args.drop <= n,
         f"{args.split}: {args.keep} layers to keep and {args.drop} to drop are more than the "
@@ -352,12 +370,6 @@ def forward_rate(model: Model, tokens: int = 1024) -> float:
     return tokens / (time.perf_counter() - start)
 
 
-def clock(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def describe_plan(model: Model, plan: str, tiers: dict, layers: list[dict], measures: list[str]):
     """What a plan is predicted to cost before healing, where there is a scan, and what it saves."""
     lines = []
@@ -379,55 +391,12 @@ def say_what_next(args) -> None:
     is_tiny = args.model == str(TINY)
     prompt = "It was late in the evening when" if is_tiny else "The history of"
     say(f'\nSaved to {args.out}. Try: python layerboost.py --model {args.out} --prompt "{prompt}"')
+    say(f'To share it: hf upload YOU/{Path(args.out).name} {args.out} . --exclude "healing*"')
     if is_tiny:
         say(NEXT_STEPS)
 
 
-def generate_text(model: Model, tokenizer: Tokenizer, args) -> None:
-    """Streams the continuation of --prompt to the terminal, or says why there is none."""
-    ids = tokenizer.encode(args.prompt)
-    require(ids, "--prompt is empty; give it some text")
-    reach = model.config.max_position_embeddings
-    require(
-        len(ids) <= reach,
-        f"--prompt: has {len(ids):,} tokens, {args.model} reads {reach:,}; give a shorter one",
-    )
-    needed = cache_bytes(model, len(ids) + args.max_new_tokens)
-    require_memory(needed, args.device, "--max-new-tokens", "give fewer")
-    print(args.prompt, end="", flush=True)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may span tokens
-    prompt = torch.tensor([ids], device=model.device)
-    sampling = (args.temperature, args.top_k, args.top_p, args.seed)
-    written = 0
-    for token in model.stream(prompt, args.max_new_tokens, *sampling):
-        if token.item() in model.config.eos_token_ids:
-            break
-        written += 1
-        print(decoder.decode(tokenizer.decode_bytes(token.tolist())), end="", flush=True)
-    print(decoder.decode(b"", final=True))
-    if not written:
-        print(
-            f"{args.model} ended the text at once, as an instruct model does without its chat "
-            "format; give --prompt the beginning of a text, as 'The capital of France is'",
-            file=sys.stderr,
-        )
-
-
 # --- command line ------------------------------------------------------------------------------
-
-
-def token_count(text: str) -> int:
-    """200k, 10M or a plain number."""
-    scale = {"k": 1e3, "m": 1e6}.get(text[-1:].lower())
-    try:
-        count = int(float(text[:-1]) * scale) if scale else int(text)
-        if count > 0:
-            return count
-        raise ValueError
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of tokens; write 200k, 10M or 4096"
-        ) from None
 
 
 def measure_names(text: str) -> list[str]:
@@ -475,6 +444,7 @@ FLAGS = {
     "healing": {
         "tokens": (token_count, None, "to heal on, as 200k; the rest of the run by it [10M]"),
         "minutes": (at_least(1e-9, float, 1e6), None, "for all of the run, instead of --tokens"),
+        "adapter": (str, None, "take what a run learned (its adapter.safetensors), heal nothing"),
         "rank": (at_least(1), 16, "of the adapters"),
         "lr": (at_least(1e-9, float, 10.0), 1e-3, "highest learning rate"),
         "context": (at_least(2), 512, "tokens of a training sequence"),
@@ -482,15 +452,21 @@ FLAGS = {
         "activation-checkpointing": (bool, None, "less memory, more time [keep activations]"),
     },
     "generation": {
-        "prompt": (str, None, "only continue this text with MODEL"),
-        "max-new-tokens": (at_least(1, int, 10**6), 100, "at most so many more tokens"),
+        "prompt": (utf8, None, "only continue this text with MODEL"),
+        "chat": (bool, None, "only talk to MODEL, by its chat template"),
+        "system": (utf8, None, "message that a chat begins with [none]"),
+        "max-new-tokens": (
+            at_least(1, int, 10**6),
+            None,
+            "at most so many more tokens [100; chat: 1,000]",
+        ),
         "temperature": (at_least(0.0, float, 100.0), 0.7, "0 takes the likeliest token"),
         "top-k": (at_least(1), None, "draw from the K likeliest tokens [all]"),
-        "top-p": (at_least(1e-9, float, 1.0), 0.9, "draw from the likeliest P of probability"),
+        "top-p": (at_least(0.0, float, 1.0), 0.9, "draw from the likeliest P of probability"),
     },
     "machine": {
         "repeat": (str, None, "this report.json's run, into --out [its folder's name and -repeat]"),
-        "seed": (at_least(0, int, 2**32 - 1), 0, "of data order, adapters and samples"),
+        "seed": (at_least(0, int, 2**62), 0, "of data order, adapters and samples"),
         **MACHINE_FLAGS,
         "compile": (
             bool,
@@ -513,8 +489,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     if given.repeat:
         argv = report.recorded_flags(given.repeat, parser) + (argv or sys.argv[1:])
         given = parser.parse_args(argv)
-    if given.tokens and given.minutes:
-        parser.error("--tokens and --minutes: give one of them")
+    for flags in (("tokens", "minutes"), ("prompt", "chat", "adapter")):
+        named = [f"--{flag}" for flag in flags if getattr(given, flag) not in (None, False)]
+        if named[1:]:
+            parser.error(f"{' and '.join(named)}: give one of them")
 
     defaults = {"tokens": TEXT_TOKENS, "drop": 0}
     if given.model is None:
@@ -533,14 +511,20 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 def run(args) -> None:
     args.device = start_process(args.device)
+    if args.adapter:
+        args.dtype = args.dtype or read_adapter(Path(args.adapter))["dtype"]
     args.dtype = args.dtype or pick_dtype(args.device)
     source = find_model(args.model, args.revision)
     tokenizer = load_tokenizer(str(source))
     model = load_model(str(source), dtype=getattr(torch, args.dtype), device=args.device)
-    if args.prompt is None:
-        boost(model, tokenizer, source, args)
+    if args.prompt is not None:
+        chat.generate_text(model, tokenizer, args)
+    elif args.chat:
+        chat.chat(model, tokenizer, source, args)
+    elif args.adapter:
+        take_adapter(model, source, args)
     else:
-        generate_text(model, tokenizer, args)
+        boost(model, tokenizer, source, args)
 
 
 def main(argv=None) -> int:
@@ -549,7 +533,7 @@ def main(argv=None) -> int:
     return run_program(
         "layerboost",
         lambda: run(args),
-        lambda: report.kept(args.out) if args.prompt is None else "",
+        lambda: "" if args.prompt or args.chat or args.adapter else report.kept(args.out),
     )
 
 

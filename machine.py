@@ -8,6 +8,7 @@ and they do nothing.
 
 import argparse
 import hashlib
+import io
 import math
 import os
 import platform
@@ -49,6 +50,18 @@ def say(*lines) -> None:
     if is_main_process():
         with tqdm.external_write_mode():
             print(*lines, sep="\n", flush=True)
+
+
+def visible(text: str) -> str:
+    """Text with its control characters written out, but for line breaks and tabs: what a model
+    writes cannot move the cursor, or set the title, of a terminal."""
+    return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
+
+
+def clock(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def progress(*iterable, **options) -> tqdm:
@@ -94,18 +107,20 @@ class ProcessLost(RuntimeError):
 def run_program(name: str, run, kept=lambda: "") -> int:
     """Calls run(). Returns its exit code: 0 done, 1 diverged or without one of its processes, 2 bad
     input, 130 stopped by Ctrl-C, 141 when whoever reads the output has left. But for 0 and 141, one
-    line on stderr says why, and of a run that could have gone on, kept() what is left of it."""
+    line on stderr says why, and of a run that could have gone on, kept() what is left of it.
+    Characters that the terminal's encoding lacks are shown as question marks."""
     code, message = 0, ""
     speaks = is_main_process()
+    mend_streams()
     try:
         with interrupts(signal.default_int_handler):
             run()
             sys.stdout.flush()
     except InputError as error:
         code, message = 2, str(error)
-    except BrokenPipeError:  # as of `| head`; what is flushed at exit must not fail again
+    except BrokenPipeError:  # as of `| head`
         code = 141
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_broken_pipes()
     except OSError as error:
         code, message = 2, f"{error.filename or '--out'}: {error.strerror or error}"
     except Diverged as error:
@@ -119,9 +134,32 @@ def run_program(name: str, run, kept=lambda: "") -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
         if message and speaks:
-            print(f"{name}: {message}{last_words(kept) if code != 2 else ''}", file=sys.stderr)
+            left = last_words(kept) if code != 2 else ""
+            try:
+                print(visible(f"{name}: {message}{left}"), file=sys.stderr, flush=True)
+            except BrokenPipeError:
+                drop_broken_pipes()
         release_folders()
     return code
+
+
+def mend_streams() -> None:
+    """Those that were closed lead nowhere, and none fails for a character that it cannot show."""
+    sys.stdin = sys.stdin or open(os.devnull)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def drop_broken_pipes() -> None:
+    """What is flushed at exit goes nowhere, or would fail again."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Parser(argparse.ArgumentParser):
@@ -180,6 +218,28 @@ def at_least(least, kind=int, most=math.inf):
         return value
 
     return number
+
+
+def token_count(text: str) -> int:
+    """200k, 10M or a plain number."""
+    scale = {"k": 1e3, "m": 1e6}.get(text[-1:].lower())
+    try:
+        count = int(float(text[:-1]) * scale) if scale else int(text)
+        if count > 0:
+            return count
+        raise ValueError
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of tokens; write 200k, 10M or 4096"
+        ) from None
+
+
+def utf8(text: str) -> str:
+    """An argparse type: text. Of bytes that the locale lacks Python makes lone surrogates."""
+    try:
+        return os.fsencode(text).decode() if re.search("[\ud800-\udfff]", text) else text
+    except UnicodeError:
+        raise argparse.ArgumentTypeError("is not UTF-8; write it in UTF-8") from None
 
 
 def add_flags(parser: argparse.ArgumentParser, groups: dict[str, dict]) -> None:

@@ -264,20 +264,25 @@ class Model(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        cache: Cache | None = None,
     ):
         """Yields the next token of every row, [B] int64, up to `max_new_tokens` times.
 
         temperature 0 is greedy; otherwise tokens are drawn from the `top_k` likeliest, or the
-        smallest set that holds `top_p` of the probability (arXiv 1904.09751). Raises TypeError for
-        what is no ids, as text that was not encoded, and ValueError for a prompt without tokens."""
+        smallest set that holds `top_p` of the probability (arXiv 1904.09751). `cache` holds what
+        stands before `ids`, and in the end all but the last token. Raises TypeError for what is no
+        ids, as text that was not encoded, and ValueError for a prompt without tokens."""
         ids = token_rows(ids, self.device)
         if ids.shape[1] < 1:
             raise ValueError("generate: the prompt has no tokens; give it one at least")
 
-        generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
+        generator = None
+        if seed is not None:
+            generator = torch.Generator(ids.device).manual_seed(seed % 2**63)
         eos = torch.tensor(self.config.eos_token_ids, dtype=torch.int64, device=ids.device)
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        cache = self.new_cache(len(ids), ids.shape[1] + max_new_tokens)
+        cache = cache or self.new_cache(len(ids), 0)
+        cache.resize(int(cache.positions.max()) + ids.shape[1] + max_new_tokens)
         token = None
         for _ in range(max_new_tokens):
             hidden = self.hidden(ids if token is None else token[:, None], cache)[:, -1]
@@ -307,18 +312,22 @@ def token_rows(ids, device: torch.device) -> Tensor:
 
 
 def sample(logits: Tensor, temperature: float, top_k=None, top_p=None, generator=None) -> Tensor:
-    """logits [B, V] -> ids [B]."""
-    if temperature == 0:
+    """logits [B, V] -> ids [B]. Raises ValueError for limits that are negative or not a number."""
+    for name, x in {"temperature": temperature, "top_k": top_k, "top_p": top_p}.items():
+        if x is not None and not x >= 0:
+            raise ValueError(f"generate: {name} {x}: give 0 or more")
+    if temperature < 1e-6:  # the likeliest would have all the probability, or overflow
         return logits.argmax(-1)
 
     logits = logits.float() / temperature
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p:
+    if top_p is not None:
         ordered, order = logits.sort(-1, descending=True)
         probability = ordered.softmax(-1)
         beyond = probability.cumsum(-1) - probability >= top_p
+        beyond[:, 0] = False
         ordered = ordered.masked_fill(beyond, -torch.inf)
         logits = torch.empty_like(logits).scatter(-1, order, ordered)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

@@ -34,6 +34,7 @@ from machine import (
     pick_dtype,
     run_program,
     say,
+    visible,
 )
 from model import Model, cache_bytes, load_model
 from scan import TRIALS, count_trials, fingerprint, hash_file, read_scan
@@ -107,43 +108,48 @@ def once(path: Path | None, name: str, identity: dict, function, *arguments) -> 
 
 def table(report: dict[str, dict]) -> str:
     """What `evaluate` gives, a row for each figure and a column for each model."""
-    columns = [table_column(figures) for figures in report.values()]
+    columns = []
+    for figures in report.values():
+        rows = measures(figures).items()
+        columns.append({label: with_error(*row) for label, (_, *row) in rows})
     labels = dict.fromkeys(itertools.chain(*columns))  # each once, in order
     rows = [[label, *(column.get(label, "") for column in columns)] for label in labels]
     return format_table([["", *report], *rows])
 
 
-def table_column(figures: dict) -> dict[str, str]:
-    """{label: figure} of one model, with the standard error where there is one."""
+def with_error(value: float, error: float, form: str) -> str:
+    return f"{value:{form}} ±{error:{form}}" if error else f"{value:{form}}"
 
-    def with_error(value: float, error: float, form: str) -> str:
-        return f"{value:{form}} ±{error:{form}}" if error else f"{value:{form}}"
 
-    def share(value: float, count: int, form: str) -> str:
-        return with_error(value, measure.share_error(value, count), form)
+def measures(figures: dict) -> dict[str, tuple[int, float, float, str]]:
+    """{label: row} of one model. A row: 1 where more is better and -1 where less is, the value, its
+    standard error (0 where there is none), and their format."""
+    rows = {}
 
-    column = {}
-    for label, name, form in (
-        ("bits per byte", "bits_per_byte", ".3f"),
-        ("perplexity", "perplexity", ".2f"),
-        ("KL to the base, nats/token", "kl", ".4f"),
-        ("top-1 agreement", "agreement", ".1%"),
+    def share(value: float, count: int, form: str) -> tuple:
+        return 1, value, measure.share_error(value, count), form
+
+    for label, name, form, sign in (
+        ("bits per byte", "bits_per_byte", ".3f", -1),
+        ("perplexity", "perplexity", ".2f", -1),
+        ("KL to the base, nats/token", "kl", ".4f", -1),
+        ("top-1 agreement", "agreement", ".1%", 1),
     ):
-        column[label] = with_error(figures[name], figures["errors"][name], form)
+        rows[label] = sign, figures[name], figures["errors"][name], form
     for length, recalled in figures["recall"].items():
-        column[f"passkey recall at {length}"] = share(recalled, figures["passkeys"], ".0%")
+        rows[f"passkey recall at {length}"] = share(recalled, figures["passkeys"], ".0%")
     for task, result in figures["tasks"].items():
         items = result["items"]
-        column[f"{task} accuracy ({items})"] = share(result["accuracy"], items, ".1%")
+        rows[f"{task} accuracy ({items})"] = share(result["accuracy"], items, ".1%")
         if "accuracy_norm" in result:
             per_byte = share(result["accuracy_norm"], items, ".1%")
-            column[f"{task} accuracy, per byte ({items})"] = per_byte
+            rows[f"{task} accuracy, per byte ({items})"] = per_byte
         if "perplexity" in result:
-            column[f"{task} perplexity ({items})"] = f"{result['perplexity']:.2f}"
+            rows[f"{task} perplexity ({items})"] = -1, result["perplexity"], 0, ".2f"
     for tokens, size in figures["cache_bytes"].items():
-        column[f"cache of a sequence of {tokens}, MiB"] = f"{size / 2**20:.2f}"
+        rows[f"cache of a sequence of {tokens}, MiB"] = -1, size / 2**20, 0, ".2f"
     decoding = f"decode, tokens/s ({DECODED} sequences of {CONTEXT})"
-    return column | {decoding: f"{figures['decode_tokens_per_second']:,.0f}"}
+    return rows | {decoding: (1, figures["decode_tokens_per_second"], 0, ",.0f")}
 
 
 # --- the end of layerboost.py ------------------------------------------------------------------
@@ -157,10 +163,11 @@ def write_report(
     layers: list[dict],
     seconds: float,
     hashes: dict,
+    source: Path,
 ) -> None:
-    """report.json, and report.md, which the terminal shows too, into args.out. `report` is what
-    `evaluate` gives for base, converted and healed, `layers` the scan, `hashes` those of what went
-    in."""
+    """report.json, report.md, which the terminal shows too, and README.md, the same as a model
+    card, into args.out. `report` is what `evaluate` gives for base, converted and healed, `layers`
+    the scan, `hashes` those of what went in, `source` the folder of the original."""
     healed, converted = report["healed"], report["converted"]
     plan = healed["plan"]
     instead = "a linear map instead" if args.removed == "linear" else "no attention"
@@ -205,6 +212,7 @@ agreement {converted["agreement"]:.1%} -> {healed["agreement"]:.1%}; {seconds / 
     before = read_json(Path(args.repeat))["run"] if args.repeat else body["run"]
     write_json(Path(args.out) / "report.json", body)
     write_text(Path(args.out) / "report.md", text.lstrip())
+    write_text(Path(args.out) / "README.md", model_card(report, text, args, source))
     say(text)
     if args.repeat:
         other = []
@@ -261,13 +269,67 @@ def kept(out: str) -> str:
     return f"; kept: {'; '.join(parts) or 'nothing yet'}"
 
 
+def model_card(report: dict, text: str, args, source: Path) -> str:
+    """The Hub's README.md: front matter, the report, how to load the model, its weaknesses."""
+    name = Path(args.out).resolve().name
+    base = f"base_model: {args.model}"
+    if Path(args.model).is_dir():
+        base = f"# base_model: the Hub's name of {Path(args.model).name}"
+    head = ["library_name: transformers", "pipeline_tag: text-generation", base, *licence(source)]
+    head += ["tags:", "- layerboost", "- linear-attention"]
+    weak = "".join(f"- {line}\n" for line in weaknesses(report)) or "- Nothing beyond the errors.\n"
+    return f"""---
+{chr(10).join(head)}
+---
+{text}
+## How to load it
+
+In transformers, by the code that comes in this folder:
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained("{name}")
+
+In LayerBoost, which also has an engine for many requests at once:
+
+    python layerboost.py --model {name} --prompt "The history of"
+
+## What it is worse at than the base, beyond the errors
+
+{weak}
+Other tasks and languages were not measured.
+"""
+
+
+def licence(source: Path) -> list[str]:
+    """The lines on the licence in the front matter of the original's README.md."""
+    path = source / "README.md"
+    lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
+    if lines[:1] != ["---"]:
+        return []
+    head = itertools.takewhile(lambda line: line != "---", lines[1:])
+    return [line for line in head if line.startswith("license")]
+
+
+def weaknesses(report: dict) -> list[str]:
+    """The rows with an error in which `healed` is worse than `base` by more than both errors."""
+    lines, healed = [], measures(report["healed"])
+    for label, (sign, value, error, form) in measures(report["base"]).items():
+        _, now, its_error, _ = healed[label]
+        worse = sign * (value - now)
+        if worse > error + its_error > 0:
+            after = with_error(now, its_error, form)
+            lines.append(f"{label}: {after}, the base {with_error(value, error, form)}")
+    return lines
+
+
 def continuation(model: Model, tokenizer: Tokenizer, valid: Tensor) -> str:
     """Some words of the validation text as a model goes on with them, on one line; drawn with one
     seed for all models."""
     ids = valid[len(valid) // 2, None, :16].to(model.device)
     start = tokenizer.decode(ids[0].tolist())
     whole = tokenizer.decode(model.generate(ids, 40, temperature=0.7, top_k=40, seed=0)[0].tolist())
-    return " ".join(f"{start} >>>{whole[len(start) :]}".split())
+    return visible(" ".join(f"{start} >>>{whole[len(start) :]}".split()))
 
 
 # --- command line ------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import bench
+import chat
 import cpu
 import distill
 import layerboost
@@ -39,7 +40,7 @@ import scan as scan_module
 from config import read_config
 from conftest import GOLDEN, boosted, needs_cpp, short_run, write_model
 from golden.make_golden import CONFIGS, SMALL
-from hub import InputError, read_documents
+from hub import InputError, content_hash, read_documents
 from kernels import Past
 from model import load_model, load_tokenizer, save_model
 
@@ -567,7 +568,8 @@ def small_checkpoint(path: Path) -> bytes:
     identity = dataclasses.asdict(distill.Healing(2048, context=512))
     state = {"step": 2, "curve": {"train": [], "valid": []}, "identity": identity}
     metadata = {name: json.dumps(value) for name, value in state.items()}
-    save_file({"x": torch.zeros(3)}, path, metadata=metadata)
+    tensors = {"x": torch.zeros(3)}
+    save_file(tensors, path, metadata | {"hash": content_hash(tensors, metadata)})
     return path.read_bytes()
 
 
@@ -800,7 +802,9 @@ def test_a_model_that_ends_the_text_at_once_says_why(llama, tmp_path, capsys):
     assert layerboost.main([*flags, "--temperature", "0"]) == 0
     printed = capsys.readouterr()
     assert printed.out == "the key of\n"
-    assert "as an instruct model does without its chat format" in printed.err
+    assert (
+        "as an instruct model does without its chat format; talk to it with --chat" in printed.err
+    )
     assert len(printed.err.splitlines()) == 1
 
 
@@ -1202,6 +1206,104 @@ def test_output_that_nobody_reads_ends_the_run_without_a_word(monkeypatch, capsy
         assert machine.run_program("layerboost", lambda: machine.say("a line")) == 141
         assert machine.run_program("report", lambda: print("a line")) == 0  # goes nowhere
     assert not capsys.readouterr().err
+
+
+def test_a_closed_terminal_ends_the_run_without_a_word(monkeypatch):
+    """stderr whose reader has left, and streams that were closed before the start."""
+
+    def bad_input():
+        raise InputError("wrong")
+
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert machine.run_program("layerboost", bad_input) == 2
+        assert machine.run_program("layerboost", lambda: print("a", file=sys.stderr)) in (0, 141)
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert machine.run_program("layerboost", lambda: print("a")) == 0
+    assert machine.run_program("layerboost", bad_input) == 2
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_what_a_terminal_cannot_show_is_a_question_mark(encoding, monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert machine.run_program("layerboost", lambda: machine.say("\u2588 \udcff \u0431 a")) == 0
+    assert shown.buffer.getvalue() == b"? ? ? a\n"
+
+
+def test_what_a_model_writes_cannot_steer_the_terminal(llama, monkeypatch, capsys):
+    """Nor what is typed: control characters are shown. Line breaks and tabs are text."""
+    title = "a\x1b]0;title\x07\x9b2J\r\b\tb\n\x7f"
+    safe = "a\\x1b]0;title\\x07\\x9b2J\\x0d\\x08\tb\n\\x7f"
+    assert machine.visible(title) == safe
+    model, tokenizer = load_model(str(llama)), load_tokenizer(str(llama))
+    ids = tokenizer.encode(title)
+    monkeypatch.setattr(model, "stream", lambda *given: iter(torch.tensor(ids)[:, None]))
+    args = layerboost.parse_arguments(["--prompt", title])
+    chat.generate_text(model, tokenizer, args)
+    assert capsys.readouterr().out == safe + safe + "\n"
+
+    monkeypatch.setattr(model, "generate", lambda *given, **sampling: torch.tensor([ids]))
+    shown = report.continuation(model, tokenizer, torch.tensor(ids)[None])
+    assert "\x1b" not in shown and "title" in shown
+
+
+@pytest.mark.parametrize(
+    "template,message",
+    [
+        (None, "has no chat template (chat_template.jinja, or chat_template in tokenizer_config"),
+        ("{{ raise_exception('no\\nsystem\x1b[2J') }}", "template fails: no system\\x1b[2J"),
+        ("{% for x %}", "chat_template.jinja: the chat template fails: expected token"),
+        ("{{ 1 / 0 }}", "template fails: division by zero"),
+        ("{{ ''.__class__.__mro__ }}", "template fails: access to attribute '__class__'"),
+        ("{{ x.y.z }}", "template fails: 'x' is undefined"),
+    ],
+)
+def test_a_chat_without_a_sound_template_is_one_line(
+    template, message, llama, tmp_path, monkeypatch, capsys
+):
+    folder = shutil.copytree(llama, tmp_path / "model")
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+    monkeypatch.setattr("builtins.input", lambda prompt: "hello")
+    assert layerboost.main(["--model", str(folder), "--chat", "--dtype", "float32"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+
+
+def test_a_chat_beyond_the_positions_of_its_model_says_so(llama, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(llama, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    asked = iter(["ab " * 600])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(asked, None) or exit_chat())
+    assert layerboost.main(["--model", str(folder), "--chat", "--dtype", "float32"]) == 0
+    assert "the model has 512 positions; try /reset" in capsys.readouterr().out
+
+
+def exit_chat():
+    raise EOFError
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda path: path.write_bytes(b"text"), "cannot be read as safetensors"),
+        (lambda path: save_file({"a": torch.ones(1)}, path), "is no adapter of this program"),
+        (lambda path: path.unlink(), "cannot be read as safetensors"),
+    ],
+)
+def test_a_file_that_is_no_adapter_is_one_line(change, message, llama, tmp_path, capsys):
+    path = tmp_path / "adapter.safetensors"
+    path.touch()
+    change(path)
+    flags = ["--model", str(llama), "--adapter", str(path), "--out", str(tmp_path / "out")]
+    assert layerboost.main(flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_bar_moves_within_a_step_and_is_lines_where_there_is_no_terminal(monkeypatch, capsys):

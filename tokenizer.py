@@ -65,13 +65,16 @@ class Tokenizer:
         longest_first = sorted(self.added, key=len, reverse=True)
         self.splitter = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        """The ids of a text; `special=False` leaves out the prefix and suffix."""
+    def encode(self, text: str, special: bool = True, restore=None) -> list[int]:
+        """The ids of a text; `special=False` leaves out the prefix and suffix. `restore` maps what
+        stands between added tokens to its final form: those that it spells there stay text."""
         ids: list[int] = []
         for piece in self.splitter.split(text) if self.added else [text]:
             if piece in self.added:
                 ids.append(self.added[piece])
                 continue
+            if restore:
+                piece = restore(piece)
             if self.normal_form:
                 piece = unicodedata.normalize(self.normal_form, piece)
             ids += self.encoding.encode_ordinary(piece)

@@ -8,8 +8,9 @@ logits.safetensors: float32 logits of small models of every family, whose weight
 (`formula_weight`), so that only the logits are stored. tokenizers/KIND/tokenizer.json: small
 byte-level BPE tokenizers of the four kinds, with ids.json: what Hugging Face's tokenizer makes of
 every line of `NASTY`. They learn from the text of this file, so another form of it makes others.
-With the two arguments also smollm2.safetensors: logits of the real model at some positions, and
-smollm2.json: a digest of its ids over the whole validation text.
+chat.json: what transformers' apply_chat_template makes of conversations by three templates, on
+these tokenizers. With the two arguments also smollm2.safetensors: logits of the real model at some
+positions, and smollm2.json: a digest of its ids over the whole validation text.
 """
 
 import gzip
@@ -231,6 +232,101 @@ def add_template(tokenizer) -> None:
     tokenizer.post_processor = processors.Sequence([byte_level, template])
 
 
+# --- chats -------------------------------------------------------------------------------------
+
+QWEN = {"tokens": ["<think>", "</think>", "<tool_response>"], "eos_token": "<|im_end|>"}
+CHATS = {  # SmolLM2's template, one that does with text what Qwen3's does, Llama 3's
+    "smollm": {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "tokens": [],
+        "chat_template": """{% for message in messages %}
+{% if loop.first and messages[0]['role'] != 'system' %}
+{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face\
+<|im_end|>\n' }}{% endif %}
+{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}
+{%- endfor %}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
+    },
+    "qwen2": QWEN
+    | {
+        "chat_template": """
+{%- set found = namespace(last=messages|length - 1, open=true) %}
+{%- for message in messages[::-1] %}
+    {%- if found.open and message.role == "user"
+        and not message.content.startswith('<tool_response>') %}
+        {%- set found.open = false %}
+        {%- set found.last = messages|length - 1 - loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- if tools %}{{- tools | tojson }}{%- endif %}
+{%- for message in messages %}
+    {%- set content = message.content %}
+    {%- if message.role == "assistant" and '</think>' in content and loop.index0 < found.last %}
+        {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}"""
+    },
+    "llama3": {
+        "bos_token": {"__type": "AddedToken", "content": "<|begin_of_text|>", "special": True},
+        "eos_token": "<|eot_id|>",
+        "tokens": ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"],
+        "chat_template": """{% for message in messages %}
+{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'
+    + message['content'] | trim + '<|eot_id|>' %}
+{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}
+{{- content }}
+{%- endfor %}
+{% if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}
+""",
+    },
+}
+SYSTEM = {"role": "system", "content": "Be brief, and kind."}
+CONVERSATION = [
+    {"role": "user", "content": "  Where is the Eiffel tower? 12 345\n"},
+    {"role": "assistant", "content": "<think>\nEasy.\n</think>\n\nIn Paris, naïve 😀.  "},
+    {"role": "user", "content": "And <b>who</b>\n\n  built it, 'Gustave'?"},
+]
+MESSAGES = [CONVERSATION[:1], [SYSTEM, *CONVERSATION[:1]], CONVERSATION, [SYSTEM, *CONVERSATION]]
+
+
+def write_chat(kind: str, folder: Path) -> None:
+    """A folder with a tokenizer of this kind, its template and the tokens of that."""
+    spec = json.loads((HERE / "tokenizers" / kind / "tokenizer.json").read_text())
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    for id, token in enumerate(CHATS[kind]["tokens"], 704):
+        special = "think" not in token and "tool" not in token
+        spec["added_tokens"].append({"id": id, "content": token, "special": special, **flags})
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (folder / "tokenizer_config.json").write_text(json.dumps(CHATS[kind]))
+
+
+def make_chats() -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    chats = {}
+    for kind, config in CHATS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            write_chat(kind, Path(folder))
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        assert tokenizer.chat_template == config["chat_template"]
+        chats[kind] = []
+        for messages in MESSAGES:
+            options = {"add_generation_prompt": True, "return_dict": False}
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            ids = tokenizer.apply_chat_template(messages, **options)
+            chats[kind].append({"text": text, "ids": ids})
+            print(text, len(ids))
+    (HERE / "chat.json").write_text(json.dumps(chats))
+
+
 # --- the real model ----------------------------------------------------------------------------
 
 
@@ -262,5 +358,6 @@ def make_smollm2(folder: str, valid: str) -> None:
 if __name__ == "__main__":
     make_logits()
     make_tokenizers()
+    make_chats()
     if len(sys.argv) == 3:
         make_smollm2(*sys.argv[1:])

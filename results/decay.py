@@ -3,7 +3,7 @@ as in stage 3, with one thing more:
 
     python results/decay.py DIR ADAPTERS DATA VALID NAME... [--steps 24] [--sequences 4]
 
-DIR is the original and ADAPTERS a file of results/adapters.py. NAME is one of
+DIR is the original and ADAPTERS the adapter.safetensors of a run. NAME is one of
 
     none        the tail as it was healed, fading nowhere
     length=a    its weight times (n / t)^a from t = n tokens in the tail on, n = 1,024
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from adapters import healed
+from adapter import load_adapter
 from distill import Healing, Optimizer, distillation, tail_names
 from hub import read_documents
 from model import Model, load_model
@@ -144,7 +144,7 @@ def trial(given: str, teacher: Model, train, valid, targets, args) -> dict:
     """The figures of one NAME."""
     started = time.monotonic()
     name, _, x = given.partition("=")
-    student = healed(teacher, args.adapters).requires_grad_(False)
+    student = load_adapter(teacher, args.adapters)
     student.config.healed_context = None
     trained = change_tails(student, name, float(x or 0))
     for parameter in trained.values():
