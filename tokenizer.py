@@ -49,6 +49,7 @@ class Tokenizer:
             raise self.unsupported("a tokenizer.model without tokenizer.json")
 
         self.embeddings = math.inf
+        self.known_bytes = functools.cache(self.token_bytes)
         self.known_word = functools.lru_cache(WORDS_KEPT)(self.encode_word)
         spec = read_json(self.path)
         try:
@@ -144,7 +145,7 @@ class Tokenizer:
         ids = torch.as_tensor(ids)
         if ids.ndim > 1:
             raise ValueError("decode: takes the ids of one text; give one row of them, as ids[0]")
-        return b"".join(self.bytes.get(id, b"") for id in ids.reshape(-1).tolist())
+        return b"".join(map(self.known_bytes, ids.reshape(-1).tolist()))
 
     def unsupported(self, what: str) -> InputError:
         return InputError(
@@ -267,21 +268,24 @@ class Tokenizer:
         return prefix, suffix
 
     def read_decoder(self, spec: dict) -> None:
-        """The bytes of every token, and whether the blank that starts a text is left out."""
-        kinds = {part["type"]: part for part in spec.get("decoders", [spec])}
-        has_blanks = not self.byte_level and ("Replace" in kinds or "Metaspace" in kinds)
-        self.strip_blank = has_blanks and ("Strip" in kinds or self.prepend in ("first", "always"))
+        """The text of every token, and what of it stands for blanks and bytes."""
+        kinds = {part["type"] for part in spec.get("decoders", [spec])}
+        self.has_blanks = not self.byte_level and bool({"Replace", "Metaspace"} & kinds)
+        strips = "Strip" in kinds or self.prepend in ("always", "first")
+        self.strip_blank = self.has_blanks and strips
+        self.has_bytes = "ByteFallback" in kinds
 
-        self.bytes = {}
-        for token, id in self.vocab.items():
-            if self.byte_level and all(map(BYTES.__contains__, token)):
-                self.bytes[id] = bytes([BYTES[character] for character in token])
-            elif "ByteFallback" in kinds and re.fullmatch("<0x[0-9A-F]{2}>", token):
-                self.bytes[id] = bytes.fromhex(token[3:5])
-            else:
-                self.bytes[id] = (token.replace(BLANK, " ") if has_blanks else token).encode()
-        for text, id in [*self.verbatim[0].items(), *self.normalized[0].items()]:
-            self.bytes[id] = (text.replace(BLANK, " ") if has_blanks else text).encode()
+        added = {**self.verbatim[0], **self.normalized[0]}
+        self.added_ids = {*added.values()}
+        self.tokens = {id: token for token, id in [*self.vocab.items(), *added.items()]}
+
+    def token_bytes(self, id: int) -> bytes:
+        token = self.tokens.get(id, "")
+        if self.byte_level and id not in self.added_ids and all(map(BYTES.__contains__, token)):
+            return bytes([BYTES[character] for character in token])
+        if self.has_bytes and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            return bytes.fromhex(token[3:5])
+        return (token.replace(BLANK, " ") if self.has_blanks else token).encode()
 
 
 def byte_alphabet() -> dict[str, int]:
