@@ -24,7 +24,7 @@ from pathlib import Path
 from hub import InputError, read_json, require
 from machine import require_memory, say, visible
 from model import Model, cache_bytes
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, splitter
 
 MARK = "\ufdd0"  # around the id of a hidden token; Unicode leaves it to programs
 SPECIAL = [f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
@@ -113,7 +113,7 @@ class ChatTemplate:
             return found[0] if found[0].isspace() else f"{MARK}{added[found[0]]}{MARK}"
 
         text = text.replace(MARK, "")
-        return self.tokenizer.splitter.sub(placeholder, text) if added else text
+        return splitter(added).sub(placeholder, text) if added else text
 
     def restore(self, text: str) -> str:
         text_of = {str(id): text for text, id in self.tokenizer.added.items()}

@@ -56,7 +56,9 @@ ROPE_FIELDS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
+YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 @dataclass
@@ -186,17 +188,29 @@ def check_supported(path: Path, raw: dict, family: str | None) -> None:
 
 
 def read_rope(raw: dict, path: Path) -> dict:
-    """Both spellings: rope_theta with rope_scaling, and rope_parameters that holds all."""
-    rope = {"rope_theta": raw.get("rope_theta", 10000.0)}
-    rope |= raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type", "default")
-    rope["rope_type"] = kind
+    """Both spellings: rope_theta with rope_scaling, and rope_parameters that holds all. Of the two
+    rope_scaling counts, as in transformers."""
+    name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    given = raw.get(name) or {}
+    require(isinstance(given, dict), f"{path}: {name} is {given!r:.40}; give an object")
+    rope = {
+        "rope_theta": raw.get("rope_theta") or 10000.0,
+        "original_max_position_embeddings": raw.get("max_position_embeddings") or 2048,
+    }
+    rope |= {key: value for key, value in given.items() if value is not None}
+
+    kind = rope["rope_type"] = str(rope.get("rope_type") or rope.get("type", "default"))
     kinds = ", ".join(ROPE_FIELDS)
     require(kind in ROPE_FIELDS, f"{path}: rope type {kind!r} is not supported; use {kinds}")
-    partial = raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
+    partial = raw.get("partial_rotary_factor") or rope.get("partial_rotary_factor", 1.0)
     require(partial == 1.0, f"{path}: partial_rotary_factor is not supported")
-    for name in ROPE_FIELDS[kind]:
-        require(name in rope, f"{path}: rope type {kind!r} needs {name!r}")
+    needed = ("rope_theta", *ROPE_FIELDS[kind])
+    for key in needed:
+        require(key in rope, f"{path}: rope type {kind!r} needs {key!r}")
+    for key in rope.keys() & {*needed, *YARN_OPTIONS}:
+        least = 1.0001 if key == "rope_theta" else 1e-9 if key in needed else 0
+        right = type(rope[key]) in (int, float) and least <= rope[key] < 1e30
+        require(right, f"{path}: {key} is {rope[key]!r:.40}; give a number above {least:.0f}")
     return rope
 
 

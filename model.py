@@ -235,7 +235,8 @@ class Model(nn.Module):
         if positions is not None:
             position = positions[:, None] + position
         angle = position[:, None, :, None] * self.frequencies
-        return angle.cos(), angle.sin()
+        scale = rotary_scale(self.config.rope)
+        return angle.cos() * scale, angle.sin() * scale
 
     def new_cache(self, batch: int, max_tokens: int, device=None) -> Cache:
         """An empty cache for `batch` sequences of up to `max_tokens` tokens each; device "meta"
@@ -334,20 +335,47 @@ def sample(logits: Tensor, temperature: float, top_k=None, top_p=None, generator
 
 
 def rotary_frequencies(config: Config) -> Tensor:
-    """theta^(-2j / D) for each pair j, [D / 2]. `linear` divides all by the factor; `llama3` only
-    those whose wavelength is long against the original context, with a ramp between (Llama 3.1's
-    rule)."""
+    """theta^(-2j / D) for each pair j, [D / 2]. `linear` divides all by the factor; `llama3` and
+    `yarn` only those that turn seldom in the original context, with a ramp between: along the
+    number of turns (Llama 3.1's rule), or along j (arXiv 2309.00071, section 3.2)."""
     rope, D = config.rope, config.head_dim
     j = torch.arange(0, D, 2, dtype=torch.float32, device="cpu")
     frequency = rope["rope_theta"] ** (-j / D)
+    if rope["rope_type"] == "default":
+        return frequency
     if rope["rope_type"] == "linear":
         return frequency / rope["factor"]
+
+    original = rope["original_max_position_embeddings"]
     if rope["rope_type"] == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        turns = original * frequency / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return keep * frequency + (1 - keep) * frequency / rope["factor"]
-    return frequency
+    else:
+        first, last = (
+            D * math.log(original / (2 * math.pi * turns)) / (2 * math.log(rope["rope_theta"]))
+            for turns in (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)
+        )
+        if rope.get("truncate", True):
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, D - 1)
+        last += 0.001 * (first == last)
+        keep = 1 - ((j / 2 - first) / (last - first)).clamp(0, 1)
+    return keep * frequency + (1 - keep) * frequency / rope["factor"]
+
+
+def rotary_scale(rope: dict) -> float:
+    """What YaRN multiplies cos and sin by, so that softmax stays as sharp among more tokens
+    (arXiv 2309.00071, equation 22); mscale and mscale_all_dim as in transformers."""
+    if rope["rope_type"] != "yarn":
+        return 1.0
+    if "attention_factor" in rope:
+        return rope["attention_factor"]
+    growth = 0.1 * math.log(max(rope["factor"], 1.0))
+    scale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+    if scale and all_dim:
+        return (scale * growth + 1) / (all_dim * growth + 1)
+    return growth + 1
 
 
 def cache_bytes(model: Model, tokens: int) -> int:

@@ -43,6 +43,7 @@ from golden.make_golden import CONFIGS, SMALL
 from hub import InputError, content_hash, read_documents
 from kernels import Past
 from model import load_model, load_tokenizer, save_model
+from tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 
@@ -345,6 +346,12 @@ def scan_file(content: str):
 
 
 BAD_CONFIGS = [
+    ({"rope_scaling": {"type": ["yarn"], "factor": 4.0}}, "is not supported; use default, linear, llama3, yarn"),
+    ({"rope_scaling": {"type": "yarn"}}, "rope type 'yarn' needs 'factor'"),
+    ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "factor is '4'; give a number"),
+    ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0; give a number"),
+    ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; give an object"),
+    ({"rope_theta": "1e4"}, "rope_theta is '1e4'; give a number"),
     ({"model_type": "gpt_neox"}, "model_type 'gpt_neox' is not supported"),
     ({"model_type": ...}, "model_type None is not supported"),
     ({"model_type": ["llama"]}, "model_type ['llama'] is not supported"),
@@ -490,6 +497,10 @@ BAD_FLAGS = [
     ("--prompt a --temperature nan", "--temperature: nan is not"),
     ("--prompt a --max-new-tokens 1000000000000", "--max-new-tokens: 1000000000000 is not"),
     ("--dtype int8", "bfloat16"),
+    ("--prompt=a --chat", "--prompt and --chat: give one of them"),
+    ("--prompt=a\udcff", "--prompt: is not UTF-8"),
+    ("--temperature nan", "--temperature: nan is not 0.0"),
+    ("--seed 1180591620717411303424", "--seed: 1180591620717411303424 is not"),
     ("--planner luck", "paper"),
     ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
 ]
@@ -584,7 +595,6 @@ def fuzz_target(kind: str, llama: Path, folder: Path):
     content = weights.read_bytes()
     if kind in ("config", "layerboost"):
         raw = json.loads(config.read_text())
-        del raw["rope_theta"]
         boosted = {"plan": "SSS", "removed": "linear", "window": 8, "healed_context": 9}
         more = {"sliding_window": 4, "use_sliding_window": True, "head_dim": 12}
         raw |= {"layerboost": boosted} if kind == "layerboost" else more
@@ -820,47 +830,91 @@ def test_several_rows_are_no_text(llama):
         load_tokenizer(str(llama)).decode(torch.zeros(2, 3, dtype=torch.int64))
 
 
-def lowercase(spec):
-    spec["normalizer"] = {"type": "Lowercase"}
-
-
-def whitespace(spec):
-    spec["pre_tokenizer"] = {"type": "Whitespace"}
-
-
-def byte_fallback(spec):
-    spec["model"]["byte_fallback"] = True
-
-
-def other_order(spec):
-    spec["model"]["merges"].reverse()
-
-
-def stripping(spec):
-    spec["added_tokens"][0]["lstrip"] = True
+def tokenizer_with(tmp_path: Path, change, kind: str = "smollm") -> Tokenizer:
+    """A golden tokenizer.json, changed in place."""
+    spec = json.loads((GOLDEN / f"tokenizers/{kind}/tokenizer.json").read_text())
+    change(spec)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    return load_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize(
-    "change,message",
+    "path,value,message",
     [
-        (byte_fallback, "SentencePiece"),
-        (lowercase, "a Lowercase normalizer is not supported"),
-        (whitespace, "pre-tokenizer of the kind Whitespace"),
-        (other_order, "order of its merges"),
-        (stripping, "strips"),
+        ("model.type", "Unigram", "a Unigram tokenizer is not supported"),
+        ("model.dropout", 0.1, "dropout 0.1 is not supported"),
+        ("model.end_of_word_suffix", "</w>", "end_of_word_suffix '</w>' is not"),
+        ("model.continuing_subword_prefix", "##", "continuing_subword_prefix '##' is not"),
+        ("normalizer", {"type": "Lowercase"}, "a Lowercase normalizer is not supported"),
+        ("pre_tokenizer", {"type": "Whitespace"}, "pre-tokenizer of the kind Whitespace"),
+        ("post_processor", {"type": "BertProcessing"}, "a BertProcessing post-processor"),
+        ("added_tokens.0.lstrip", True, "strips"),
+        ("model", None, "damaged .*; download it again"),
+        ("model.vocab", ["a"], "damaged"),
+        ("model.vocab", {"a": "1"}, "damaged .*'1' is no id"),
+        ("model.vocab", {"a": -1}, "damaged .*-1 is no id"),
+        ("model.merges", None, "damaged"),
+        ("model.merges", ["a b c"], "damaged"),
+        ("model.merges", [["é", "zz"]], "damaged .*KeyError"),
+        ("added_tokens", [{"id": 1}], "damaged .*'content'"),
+        ("added_tokens.0.id", 1.5, "damaged .*1.5 is no id"),
+        ("normalizer", {"type": "Prepend", "prepend": 1}, "damaged"),
+        ("normalizer", "NFC", "damaged"),
+        ("pre_tokenizer", [], None),
+        ("pre_tokenizer.pretokenizers.0", {"type": "Split"}, "damaged"),
+        ("post_processor", {"type": "TemplateProcessing"}, "damaged .*'single'"),
+        ("decoder", [1], "damaged"),
     ],
 )
-def test_tokenizers_that_are_not_supported_say_so(change, message, tmp_path):
-    spec = json.loads((GOLDEN / "tokenizers/smollm/tokenizer.json").read_text())
-    change(spec)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    with pytest.raises(InputError, match=message):
-        load_tokenizer(str(tmp_path))
+def test_tokenizers_that_are_not_supported_say_so(path, value, message, tmp_path):
+    def change(spec):
+        *parents, last = path.split(".")
+        for name in parents:
+            spec = spec[int(name) if name.isdigit() else name]
+        spec[int(last) if last.isdigit() else last] = value
+
+    if message is None:
+        assert tokenizer_with(tmp_path, change).encode("a b")
+        return
+    with pytest.raises(InputError, match=message) as caught:
+        tokenizer_with(tmp_path, change)
+    assert str(caught.value).startswith(f"{tmp_path / 'tokenizer.json'}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pattern_that_is_none_says_so(tmp_path):
+    def change(spec):
+        split = {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": "(a"}}
+        spec["pre_tokenizer"]["pretokenizers"][0] = split
+
+    with pytest.raises(InputError, match="damaged .*download it again"):
+        tokenizer_with(tmp_path, change)
+
+
+def test_bytes_for_only_some_characters_are_refused(tmp_path):
+    def change(spec):
+        spec["model"]["vocab"]["lost"] = spec["model"]["vocab"].pop("<0x41>")
+
+    with pytest.raises(InputError, match="byte_fallback without a token for every byte"):
+        tokenizer_with(tmp_path, change, "llama2")
+
+
+def test_a_token_beyond_the_embedding_is_named_where_a_text_has_it(llama, tmp_path):
+    shutil.copy(llama / "config.json", tmp_path)
+    tokenizer = tokenizer_with(tmp_path, lambda spec: spec["added_tokens"][-1].update(id=704))
+    assert tokenizer.encode("as long as there is none")
+    with pytest.raises(InputError, match="tokenizer.json: '<tool>' has id 704, and the model 704"):
+        tokenizer.encode("here <tool> there")
+
+
+def test_half_a_character_becomes_the_replacement_character(llama):
+    tokenizer = load_tokenizer(str(llama))
+    assert tokenizer.encode("a\udc80b") == tokenizer.encode("a\ufffdb")
 
 
 def test_a_sentencepiece_model_says_what_is_supported(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"")
-    with pytest.raises(InputError, match="byte-level BPE of the Llama-3"):
+    with pytest.raises(InputError, match="tokenizer.model without tokenizer.json is not supported"):
         load_tokenizer(str(tmp_path))
 
 

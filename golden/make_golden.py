@@ -6,11 +6,11 @@ environment of its own:
 
 logits.safetensors: float32 logits of small models of every family, whose weights are a formula
 (`formula_weight`), so that only the logits are stored. tokenizers/KIND/tokenizer.json: small
-byte-level BPE tokenizers of the four kinds, with ids.json: what Hugging Face's tokenizer makes of
-every line of `NASTY`. They learn from the text of this file, so another form of it makes others.
-chat.json: what transformers' apply_chat_template makes of conversations by three templates, on
-these tokenizers. With the two arguments also smollm2.safetensors: logits of the real model at some
-positions, and smollm2.json: a digest of its ids over the whole validation text.
+BPE tokenizers, four byte-level, two of the SentencePiece kind, with ids.json: what Hugging Face's
+tokenizer makes of every line of `NASTY`. They learn from the text of this file, so another form of
+it makes others. chat.json: what transformers' apply_chat_template makes of conversations by three
+templates, on these tokenizers. With the two arguments also smollm2.safetensors: logits of the real
+model at some positions, and smollm2.json: a digest of its ids over the whole validation text.
 """
 
 import gzip
@@ -68,6 +68,20 @@ CONFIGS = {
         "mlp_bias": True,
         "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 20000.0},
     },
+    "llama-yarn-new-spelling": LLAMA
+    | {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 32,
+            "beta_fast": 4,
+            "beta_slow": 0.5,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+            "truncate": False,
+        }
+    },
     "mistral": {
         "model_type": "mistral",
         "architectures": ["MistralForCausalLM"],
@@ -78,6 +92,12 @@ CONFIGS = {
     "qwen2": QWEN2 | {"use_sliding_window": False},
     "qwen2-sliding": QWEN2
     | {"use_sliding_window": True, "max_window_layers": 1, "tie_word_embeddings": True},
+    "qwen2-yarn": QWEN2
+    | {
+        "use_sliding_window": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},  # the other one counts
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    },
     "qwen3": {
         "model_type": "qwen3",
         "architectures": ["Qwen3ForCausalLM"],
@@ -189,8 +209,9 @@ def make_tokenizers() -> None:
         "llama3": pre_tokenizers.Sequence([llama3, joined]),
         "qwen2": pre_tokenizers.Sequence([qwen2, joined]),
     }
-    for kind, pre_tokenizer in kinds.items():
-        tokenizer = train_tokenizer(kind, pre_tokenizer)
+    tokenizers = {kind: train_tokenizer(kind, split) for kind, split in kinds.items()}
+    tokenizers |= {kind: train_sentencepiece(kind) for kind in ("llama2", "mistral")}
+    for kind, tokenizer in tokenizers.items():
         folder = HERE / "tokenizers" / kind
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
@@ -217,6 +238,38 @@ def train_tokenizer(kind: str, pre_tokenizer):
     tokenizer.add_tokens([AddedToken("<tool>", normalized=False, special=False)])
     if kind == "llama3":
         add_template(tokenizer)
+    return tokenizer
+
+
+def train_sentencepiece(kind: str):
+    """Of the form that Llama 2's and Mistral's first tokenizer.json have, or the newer one."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, processors, trainers
+    from tokenizers.pre_tokenizers import Metaspace, Split
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    blanks = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), blanks])
+    tokenizer.pre_tokenizer = Split(Regex("▁+[^▁]*"), "isolated")
+
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special, limit_alphabet=100, show_progress=False
+    )
+    tokenizer.train_from_iterator([Path(__file__).read_text(encoding="utf-8"), *NASTY], trainer)
+    spec = json.loads(tokenizer.to_str())
+    spec["added_tokens"] = spec["added_tokens"][:3]  # the bytes are none
+    spec["pre_tokenizer"] = None
+
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    if kind == "mistral":
+        tokenizer.normalizer = None
+        tokenizer.pre_tokenizer = Metaspace(prepend_scheme="first", split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B:1", special_tokens=[("<s>", 1)]
+    )
     return tokenizer
 
 
