@@ -193,7 +193,7 @@ class WindowLinearAttention(SoftmaxAttention):
 
     def initial_parameters(self) -> dict[str, Tensor]:
         """The tail's parameters before any training: W the identity, and b so low that the tail
-        does no harm. `fit.fit_tails` raises it; -8 for elu and relu, whose features grow with q and k."""
+        does no harm. `fit.fit_tails` raises it."""
         c = self.config
         H, G, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         if not self.has_tail:

@@ -67,10 +67,10 @@ def fit_map(theirs: Block, ours: Block, their_stream, our_stream, rotary) -> Non
     ours.self_attn.map.bias.copy_(bias)
 
 
-def copy_maps(source: Model, target: Model) -> None:
-    """Gives a model of the same plan its own copy of the maps."""
+def copy_fitted(source: Model, target: Model) -> None:
+    """Gives a model of the same plan its own copy of what is fitted."""
     for name, parameter in source.named_parameters():
-        if ".self_attn.map." in name:
+        if ".self_attn.map." in name or name.endswith("tail_logit"):
             target.get_parameter(name).data.copy_(parameter)
 
 

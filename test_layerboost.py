@@ -1694,7 +1694,7 @@ def test_at_long_context_the_floor_is_the_softmax_layers(llama):
     floors = []
     for plan in ("SSS", "SLX"):
         costs = roofline.step_costs(boosted(llama, plan), 1, 10**6)
-        floors.append(roofline.floor_seconds(costs, predict.HARDWARE["a10"][0]))
+        floors.append(roofline.floor_seconds(costs, roofline.HARDWARE["a10"]))
     assert floors[1] == pytest.approx(floors[0] / 3, rel=0.05)
 
 
