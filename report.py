@@ -43,9 +43,10 @@ def evaluate(
     path: Path | None = None,
 ) -> dict[str, dict]:
     """The figures of every model under its name: those of `measure.text_quality` on valid [N, T]
-    ids, recall of `passkeys` passkeys (a multiple of five), hidden in that text, at each of the
-    lengths that the model has positions for, tasks, cache_bytes and decode_tokens_per_second. All
-    but speed are kept in the file `path` and not measured again (`once`)."""
+    ids, of `measure.writing_quality` after the first halves of 32 of them, recall of `passkeys`
+    passkeys (a multiple of five), hidden in that text, at each of the lengths that the model has
+    positions for, tasks, cache_bytes and decode_tokens_per_second. All but speed are kept in the
+    file `path` and not measured again (`once`)."""
     engines = {name: Engine(model, DECODED, CONTEXT) for name, model in models.items()}
     times = decode_times(engines, CONTEXT, 12)
     del engines  # and the memory of their caches
@@ -56,6 +57,13 @@ def evaluate(
 
     def text(model: Model) -> dict:
         return measure.text_quality({"": model}, base, tokenizer, valid, base_states())[""]
+
+    prompts = valid[:DECODED, : valid.shape[1] // 2]
+    base_writes = functools.cache(lambda: measure.write_on(base, prompts))
+
+    def writing(model: Model) -> dict:
+        ours = base_writes() if model is base else measure.write_on(model, prompts)
+        return measure.writing_quality(base, prompts, ours, base_writes())
 
     report = {}
     for name, model in models.items():
@@ -69,6 +77,7 @@ def evaluate(
         asked = same | {"lengths": possible, "passkeys": count}
         recall = (measure.passkey_recall, model, tokenizer, valid, possible, count)
         figures["recall"] = once(path, f"passkeys of {name}", asked, *recall)
+        figures["writing"] = once(path, f"writing of {name}", same, writing, model)
         figures["text"] = list(valid.shape)
         figures["passkeys"] = count * len(measure.RECALL_DEPTHS)
         figures["tasks"] = {}
@@ -118,6 +127,14 @@ def table_column(figures: dict) -> dict[str, str]:
         ("top-1 agreement", "agreement", ".1%"),
     ):
         column[label] = with_error(figures[name], figures["errors"][name], form)
+    for label, name, form in (
+        ("nats/token of its writing, by the base", "nats", ".3f"),
+        ("4-grams in it that stood before", "repeated", ".1%"),
+        (f"greedy tokens as the base's, of {measure.WRITTEN}", "as_base", ".0f"),
+    ):
+        column[label] = with_error(
+            figures["writing"][name], figures["writing"]["errors"][name], form
+        )
     for length, recalled in figures["recall"].items():
         column[f"passkey recall at {length}"] = share(recalled, figures["passkeys"], ".0%")
     for task, result in figures["tasks"].items():
