@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -88,11 +89,15 @@ def main() -> None:
         if path.exists():
             continue
         start = time.monotonic()
-        kind = form.split()[0]
+        kind, *logit = form.split()  # a kind alone has its b fitted
         window = window_of(kind, base.config.head_dim)
         student = convert(base, args.plan, window, 4, kind)
         result = {"form": form, "window": window, "plan": args.plan, "tokens": args.tokens}
-        if student.layers[0].self_attn.has_tail:
+        has_tail = student.layers[0].self_attn.has_tail
+        for name, parameter in student.named_parameters():
+            if name.endswith("tail_logit") and logit:
+                parameter.data.fill_(float(logit[0]))
+        if has_tail and not logit:
             fit_tails(base, student, train.flatten()[-4096:].view(1, -1))
             logits = [x for n, x in student.named_parameters() if n.endswith("tail_logit")]
             result["fitted_b"] = torch.stack(logits).mean(1).tolist()
@@ -100,6 +105,8 @@ def main() -> None:
         print(json.dumps(result), flush=True)
         if args.tokens:
             settings = Healing(args.tokens, validations=2)
+            if not has_tail:
+                settings = replace(settings, transfer_steps=0, long_share=0.0)
             identity = {"model": fingerprint(*base.parameters()), "plan": args.plan, "form": form}
             checkpoint = args.out / f"{form}.safetensors"
             heal(base, student, train, valid[:1, :1024], settings, checkpoint, identity)
