@@ -155,6 +155,8 @@ class SoftmaxAttention(nn.Module):
         return SoftmaxCache(self.config, batch, max_tokens, dtype, device)
 
 
+FAINT = -16.0  # b of a tail of 4,096 tokens that weighs less than 1/2000 of the window
+
 # --- tier L ------------------------------------------------------------------------------------
 
 
@@ -198,9 +200,8 @@ class WindowLinearAttention(SoftmaxAttention):
         return self.config.feature_map != "none"
 
     def initial_parameters(self) -> dict[str, Tensor]:
-        """The tail's parameters before any training: W the identity, and b = 0 for features that
-        are normalised, so that the tail starts faint against the window; -8 for elu and relu, whose
-        features grow with q and k."""
+        """The tail's parameters before any training: W the identity, and b so low that the tail
+        does no harm. `fit.fit_tails` raises it."""
         c = self.config
         H, G, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         if not self.has_tail:
@@ -209,8 +210,11 @@ class WindowLinearAttention(SoftmaxAttention):
         if c.feature_map == "favor":
             maps = favor_projection(H, D), favor_projection(G, D)
         else:
-            maps = torch.eye(D).repeat(H, 1, 1), torch.eye(D).repeat(G, 1, 1)
-        b = -8.0 if c.feature_map in ("elu", "relu") else 0.0
+            W = torch.eye(D)
+            if c.feature_map == "narrow":
+                W = (W[: D // 2] + W[D // 2 :]) * 0.5**0.5
+            maps = W.repeat(H, 1, 1), W.repeat(G, 1, 1)
+        b = {"elu": -8.0, "relu": -8.0, "favor": 0.0}.get(c.feature_map, FAINT)
         return {"query_map": maps[0], "key_map": maps[1], "tail_logit": torch.full((H,), b)}
 
     def tail_parameters(self) -> list[str]:

@@ -153,7 +153,7 @@ def make_budget(model: Model, args, step: int, rate: float) -> Budget:
         "measures": args.measure,
         "scans": not (args.plan or args.scan),
         "inputs": model.config.hidden_size if fits_maps(args) else 0,
-        "removes": args.drop > 0 if args.plan is None else "X" in args.plan,
+        "removes": args.drop != 0 if args.plan is None else "X" in args.plan,
         "sequences": args.sequences,
         "passkeys": args.passkeys,
     }

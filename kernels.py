@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEATURE_MAPS = ("hedgehog", "elu", "relu", "favor", "none")
+FEATURE_MAPS = ("hedgehog", "softmax", "narrow", "elu", "relu", "favor", "none")
 
 
 # --- norm, activation, rotary embedding --------------------------------------------------------
@@ -67,8 +67,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def feature_size(kind: str, head_dim: int) -> int:
     """F, the number of features that `feature_map` makes from a head of size `head_dim`."""
-    per_dimension = {"hedgehog": 2, "favor": 2, "elu": 1, "relu": 1, "none": 0}
-    return per_dimension[kind] * head_dim
+    halves = {"hedgehog": 4, "favor": 4, "softmax": 2, "elu": 2, "relu": 2, "narrow": 1, "none": 0}
+    return halves[kind] * head_dim // 2
 
 
 def feature_map(x: Tensor, kind: str, weight: Tensor) -> Tensor:
@@ -89,6 +89,8 @@ def feature_map(x: Tensor, kind: str, weight: Tensor) -> Tensor:
     y = torch.einsum("bhtd,hfd->bhtf", x, weight)
     if kind == "hedgehog":
         return torch.cat((y.softmax(-1), (-y).softmax(-1)), dim=-1)
+    if kind in ("softmax", "narrow"):
+        return y.softmax(-1)
     if kind == "elu":
         return F.elu(y) + 1
     if kind == "relu":

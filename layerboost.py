@@ -37,7 +37,7 @@ from adapter import load_adapter, read_adapter
 from budget import DECODING, SCANS, Budget, make_budget
 from config import REMOVED
 from distill import Healing, heal, healing_bytes, tail_names
-from fit import copy_maps, fit_maps
+from fit import copy_fitted, fit_maps, fit_tails
 from hub import C4, InputError, find_model, read_documents, require
 from kernels import FEATURE_MAPS
 from machine import (
@@ -61,10 +61,13 @@ from machine import (
 )
 from measure import read_tasks
 from model import Model, cache_bytes, convert, load_model, parse_plan, save_model
+from roofline import HARDWARE, measure_hardware
 from tokenizer import Tokenizer, load_tokenizer, pack_sequences
 
 LONG_CONTEXT = 4096  # tokens a sequence in the last stage of healing, or all of its positions
 TEXT_TOKENS = 10_000_000  # read to heal on, whatever the budget: a run can go on to a larger one
+
+DAMAGE = 0.2  # that a plan may do where no budget is given
 
 TINY = Path(os.path.relpath(Path(__file__).resolve().parent / "tiny"))
 TINY_DEFAULTS = {  # what stands for flags that are not given, without --model
@@ -72,15 +75,15 @@ TINY_DEFAULTS = {  # what stands for flags that are not given, without --model
     "data": str(TINY / "train.jsonl.gz"),
     "valid": str(TINY / "valid.jsonl.gz"),
     "tokens": 36_000,
-    "keep": 6,
-    "drop": 1,
 }
+
+PAPER = {"planner": "paper", "removed": "nothing", "window": 64, "feature_map": "hedgehog"}
 
 NEXT_STEPS = """
 Next, a real model (a folder in the Hub's layout or a Hub id) on your own text:
   python layerboost.py --model HuggingFaceTB/SmolLM2-135M --data TEXT --tokens 200k
 Other ways to spend the same layers:
-  python layerboost.py --scan out/tiny/scan.json --planner paper --out out/paper
+  python layerboost.py --paper --out out/paper
   python layerboost.py --plan uniform:L --out out/uniform"""
 
 
@@ -109,11 +112,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     # Scan and plan.
     fitting = fitting_text(train, budget)
     layers = scan_layers(model, tokenizer, train, fitting, tiers, settings, budget, rate, args)
-    plan = args.plan
-    if plan is None:
-        costs = scan.costs_of(layers, args.measure)
-        plan = scan.PLANNERS[args.planner](costs, args.keep, args.drop)
-        say(scan.chart(layers, args.measure, plan))
+    plan = args.plan or make_plan(model, layers, tiers, args)
     say(f"\nPlan: {plan}", *describe_plan(model, plan, tiers, layers, args.measure))
 
     # Convert. `converted` keeps untrained tails of its own; the student's are trained.
@@ -121,7 +120,8 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     student = convert(model, plan, **tiers)
     if "X" in plan and args.removed == "linear":
         fit_maps(model, converted, fitting)
-        copy_maps(converted, student)
+    fit_tails(model, converted, train.flatten()[-settings.long_context :][None])
+    copy_fitted(converted, student)
     student.recompute = args.activation_checkpointing
 
     # Heal.
@@ -181,14 +181,21 @@ def check_arguments(model: Model, source: Path, tiers: dict, args) -> None:
     check_original(model, source, args)
     n = len(model.layers)
     reach = model.config.max_position_embeddings
-    args.keep = round(n / 3) if args.keep is None else args.keep
     args.plan = None if args.plan is None else parse_plan(args.plan, n)
+    args.workload = (args.workload[0], min(args.workload[1], reach))
     args.context = min(args.context, reach)
     args.batch = args.batch or rank_and_world()[1]
+    if "keep" in args.limits:
+        args.keep = round(n / 3) if args.keep is None else args.keep
+        args.drop = args.drop or 0
+        require(
+            args.keep + args.drop <= n,
+            f"{args.split}: {args.keep} layers to keep and {args.drop} to drop are more than the "
+            f"{n} of the model; give --keep and --drop that are {n} together at most",
+        )
     require(
-        args.keep + args.drop <= n,
-        f"{args.split}: {args.keep} layers to keep and {args.drop} to drop are more than the "
-        f"{n} of the model; give --keep and --drop that are {n} together at most",
+        args.planner == "tier" or "keep" in args.limits,
+        f"--planner {args.planner}: needs --keep and --drop",
     )
     shortest = min(min(prompts) for _, _, prompts in SCANS)
     require(
@@ -265,6 +272,25 @@ def scan_layers(
     return layers
 
 
+def make_plan(model: Model, layers: list[dict], tiers: dict, args) -> str:
+    """From the scan, by --keep and --drop or the one budget that is given; shows why."""
+    hardware = HARDWARE.get(args.hardware) or measure_hardware(args.device, model.norm.weight.dtype)
+    costs = scan.costs_of(layers, args.measure)
+    choices = scan.price_plans(model, costs, tiers, args.workload, hardware)
+    ((name, limit),) = args.limits.items()
+    if name == "keep":
+        plan = scan.PLANNERS[args.planner](costs, args.keep, args.drop)
+    else:
+        plan = scan.choose(choices, name, limit).plan
+
+    batch, context = args.workload
+    say(scan.chart(layers, args.measure, plan))
+    step = f"a decoding step of {batch} x {context:,} tokens"
+    title = f"\nfor {step}, predicted for {args.hardware}:"
+    say(scan.frontier_chart(choices, plan, title))
+    return plan
+
+
 def fitting_text(train: Tensor, budget: Budget) -> Tensor:
     """Training sequences that linear maps are fitted on: the same for every --tokens, since a run
     that goes on to more of them must go on with its maps; where there are enough, after all that a
@@ -332,15 +358,18 @@ def announce(
     """What is going to happen, and about how long it takes here. rate: work a second, as budget.py
     counts it; scanned: layers that an earlier run has measured."""
     n = len(model.layers)
-    kept = f"keeps {args.keep} layers, drops {args.drop}"
+    ((name, limit),) = args.limits.items()
+    kept = f"that keeps {args.keep} layers, drops {args.drop}"
+    if name != "keep":
+        kept = f"of {name} {limit:g}"
     if args.plan:
         first = f"1. plan      {args.plan}, as given"
     elif scanned == n:
-        first = f"1. plan      {kept}, from a scan made before"
+        first = f"1. plan      one {kept}, from a scan made before"
     else:
         scanning = budget.scan_work(*budget.scan_size, scanned)
         first = f"1. scan      {2 * (n - scanned)} trials"
-        first += f", then a plan that {kept}   about {clock(scanning / rate)}"
+        first += f", then a plan {kept}   about {clock(scanning / rate)}"
     healing = clock((budget.healing + budget.validation) / rate)
     evaluation = clock((budget.evaluation + DECODING) / rate)
     watched = f"{budget.validations} validations on {budget.watched * budget.context:,} tokens"
@@ -399,6 +428,16 @@ def say_what_next(args) -> None:
 # --- command line ------------------------------------------------------------------------------
 
 
+def workload(text: str) -> tuple[int, int]:
+    try:
+        batch, context = map(at_least(1), text.split("x"))
+        return batch, context
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: write sequences x tokens of each, as 16x4096"
+        ) from None
+
+
 def measure_names(text: str) -> list[str]:
     names = text.split("+")
     if set(names) - set(scan.MEASURES):
@@ -426,10 +465,16 @@ FLAGS = {
         "tasks": (list, [], "question files to evaluate on [none]"),
     },
     "scan and plan": {
+        "damage": (at_least(0.0, float), None, f"the plan may do, predicted [{DAMAGE}]"),
+        "speedup": (at_least(1.0, float), None, "that the plan must give, predicted"),
+        "cache": (at_least(0.0, float), None, "that the plan may keep, as a share: 0.3"),
+        "workload": (workload, "16x4096", "of a decoding step: sequences x tokens of each"),
+        "hardware": ((*HARDWARE, "this"), "a10", "that speed is predicted for"),
         "keep": (at_least(0), None, "layers that keep softmax attention [a third]"),
-        "drop": (at_least(0), None, "layers whose attention is removed, at a cost in quality [0]"),
+        "drop": (at_least(0), None, "layers whose attention is removed [0]"),
         "planner": (tuple(scan.PLANNERS), "tier", "tier: least damage; paper: bands by X"),
         "plan": (str, None, "this one: S, L or X for each layer, or uniform:L [scan and plan]"),
+        "paper": (bool, False, "the paper's recipe: window 64, Hedgehog tail, X nothing, by X"),
         "removed": (REMOVED, "linear", "in place of removed attention: a fitted map, or nothing"),
         "measure": (measure_names, "kl+recall", "damage: kl, recall, task or a sum"),
         "scan": (
@@ -494,15 +539,25 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         if named[1:]:
             parser.error(f"{' and '.join(named)}: give one of them")
 
-    defaults = {"tokens": TEXT_TOKENS, "drop": 0}
+    defaults = {"tokens": TEXT_TOKENS}
     if given.model is None:
         defaults |= TINY_DEFAULTS
+    if given.paper:
+        defaults |= PAPER
     if given.minutes:
         del defaults["tokens"]
     if given.data != C4:
         defaults.pop("valid", None)  # would be text of another kind
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
+    budgets = {"damage": given.damage, "speedup": given.speedup, "cache": given.cache}
+    args.limits = {name: limit for name, limit in budgets.items() if limit is not None}
+    if given.keep is not None or given.drop is not None or given.paper:
+        args.limits["keep"] = given.keep
+    if len(args.limits) > 1:
+        parser.error("--keep and --drop, --damage, --speedup, --cache: give one budget")
+    args.limits = args.limits or {"damage": DAMAGE}
+
     split = {"--keep": given.keep, "--drop": given.drop}
     args.split = " ".join(f"{flag} {value}" for flag, value in split.items() if value is not None)
     args.out = args.out or f"out/{Path(args.model).resolve().name}"

@@ -48,6 +48,7 @@ from tokenizer import Tokenizer
 
 TEXT_BATCH = 4  # sequences that are read together
 RECALL_LENGTHS = (256, 512, 1024, 2048)
+WRITTEN = 128  # tokens of a continuation
 RECALL_DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 PASSKEY_HEAD = (
@@ -254,6 +255,64 @@ def passkey_recall(
         scored = score_answers(model, prompts, f"passkey at {length}")
         recall[str(length)] = mean(answer.greedy for answer in scored)
     return recall
+
+
+# --- what a model writes -----------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def write_on(model: Model, prompts: Tensor) -> dict[str, Tensor]:
+    """How a model goes on after prompts [N, T] of ids, [N, WRITTEN] each: `drawn` with one seed at
+    temperature 1, and `greedy`. A row is filled with its end-of-text token after it."""
+    prompts = prompts.to(model.device)
+    texts = {}
+    for name, temperature in (("drawn", 1.0), ("greedy", 0.0)):
+        stream = model.stream(prompts, WRITTEN, temperature=temperature, seed=0)
+        tokens = list(progress(stream, desc=f"writing, {name}", total=WRITTEN))
+        tokens += tokens[-1:] * (WRITTEN - len(tokens))
+        texts[name] = torch.stack(tokens, dim=1)
+    return texts
+
+
+@torch.inference_mode()
+def writing_quality(base: Model, prompts: Tensor, ours: dict, theirs: dict) -> dict:
+    """What is wrong with a model's writing that likelihoods of given text hide (arXiv 2603.26556),
+    from what `write_on` gives for it and for the base.
+
+    nats: the base's mean negative log-likelihood of the drawn text, a token
+    repeated: the share of the drawn text's 4-grams that stood in it before
+    as_base: greedy tokens until the first that the base would not have written
+    `errors` has the standard error of each, from how the continuations differ."""
+    drawn = ours["drawn"]
+    ids = torch.cat((prompts.to(base.device), drawn), dim=1)
+    first = prompts.shape[1] - 1
+    nats = []
+    for row in ids.split(TEXT_BATCH):
+        hidden = base.hidden(row)[:, first:-1]
+        for state, tokens in zip(hidden, row[:, first + 1 :]):
+            logits = linear(state, base.head).float()
+            nats.append(F.cross_entropy(logits, tokens, reduction="none"))
+    nats = torch.stack(nats).cpu()  # (N, WRITTEN)
+
+    # What follows an end-of-text token fills the row.
+    ends = torch.isin(drawn.cpu(), torch.tensor(base.config.eos_token_ids, dtype=torch.int64))
+    written = ends.cumsum(1) - ends.long() == 0
+    as_base = (ours["greedy"] == theirs["greedy"]).cumprod(1).sum(1).double().cpu()
+    repeated = [repeated_grams(row[:n]) for row, n in zip(drawn.tolist(), written.sum(1).tolist())]
+
+    figures = {
+        "nats": (nats * written).sum(1).double() / written.sum(1),
+        "repeated": torch.tensor(repeated, dtype=torch.float64),
+        "as_base": as_base,
+    }
+    errors = {name: standard_error(values) for name, values in figures.items()}
+    return {name: float(x.mean()) for name, x in figures.items()} | {"errors": errors}
+
+
+def repeated_grams(ids: list[int], size: int = 4) -> float:
+    """The share of the runs of `size` ids that stood before."""
+    grams = list(zip(*(ids[i:] for i in range(size))))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 # --- question files ----------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from model import Model, cache_bytes, load_model
 from scan import TRIALS, count_trials, fingerprint, hash_file, read_scan
 from tokenizer import Tokenizer, load_tokenizer, pack_sequences
 
+NOT_REPEATED = ("out", "split", "limits", "minutes", "repeat", "prompt", "chat", "adapter")
 CONTEXT = 1024  # tokens of a sequence, and that each holds where decoding is timed
 DECODED = 32  # sequences that are decoded together
 
@@ -55,9 +56,10 @@ def evaluate(
     path: Path | None = None,
 ) -> dict[str, dict]:
     """The figures of every model under its name: those of `measure.text_quality` on valid [N, T]
-    ids, recall of `passkeys` passkeys (a multiple of five), hidden in that text, at each of the
-    lengths that the model has positions for, tasks, cache_bytes and decode_tokens_per_second. All
-    but speed are kept in the file `path` and not measured again (`once`)."""
+    ids, of `measure.writing_quality` after the first halves of 32 of them, recall of `passkeys`
+    passkeys (a multiple of five), hidden in that text, at each of the lengths that the model has
+    positions for, tasks, cache_bytes and decode_tokens_per_second. All but speed are kept in the
+    file `path` and not measured again (`once`)."""
     engines = {name: Engine(model, DECODED, CONTEXT) for name, model in models.items()}
     times = decode_times(engines, CONTEXT, 12)
     del engines  # and the memory of their caches
@@ -68,6 +70,13 @@ def evaluate(
 
     def text(model: Model) -> dict:
         return measure.text_quality({"": model}, base, tokenizer, valid, base_states())[""]
+
+    prompts = valid[:DECODED, : valid.shape[1] // 2]
+    base_writes = functools.cache(lambda: measure.write_on(base, prompts))
+
+    def writing(model: Model) -> dict:
+        ours = base_writes() if model is base else measure.write_on(model, prompts)
+        return measure.writing_quality(base, prompts, ours, base_writes())
 
     report = {}
     for name, model in models.items():
@@ -81,6 +90,7 @@ def evaluate(
         asked = same | {"lengths": possible, "passkeys": count}
         recall = (measure.passkey_recall, model, tokenizer, valid, possible, count)
         figures["recall"] = once(path, f"passkeys of {name}", asked, *recall)
+        figures["writing"] = once(path, f"writing of {name}", same, writing, model)
         figures["text"] = list(valid.shape)
         figures["passkeys"] = count * len(measure.RECALL_DEPTHS)
         figures["tasks"] = {}
@@ -136,6 +146,12 @@ def measures(figures: dict) -> dict[str, tuple[int, float, float, str]]:
         ("top-1 agreement", "agreement", ".1%", 1),
     ):
         rows[label] = sign, figures[name], figures["errors"][name], form
+    for label, name, form, sign in (
+        ("nats/token of its writing, by the base", "nats", ".3f", -1),
+        ("4-grams in it that stood before", "repeated", ".1%", -1),
+        (f"greedy tokens as the base's, of {measure.WRITTEN}", "as_base", ".0f", 1),
+    ):
+        rows[label] = sign, figures["writing"][name], figures["writing"]["errors"][name], form
     for length, recalled in figures["recall"].items():
         rows[f"passkey recall at {length}"] = share(recalled, figures["passkeys"], ".0%")
     for task, result in figures["tasks"].items():
@@ -234,12 +250,14 @@ def recorded_flags(path: str, parser: argparse.ArgumentParser) -> list[str]:
     flags = [f"--out={command.get('out')}-repeat"]
     for name, value in command.items():
         flag = name.replace("_", "-")
-        if name in ("out", "split", "minutes", "repeat", "prompt") or value in (None, []):
+        if name in NOT_REPEATED or value in (None, []):
             continue
         if isinstance(value, bool):
             flags.append(f"--{'' if value else 'no-'}{flag}")
         elif name == "tasks":
             flags += ["--tasks", *map(str, value)]
+        elif name == "workload":
+            flags.append("--workload={}x{}".format(*value))
         else:
             flags.append(f"--{flag}={'+'.join(value) if name == 'measure' else value}")
     return flags

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from config import Config
 from hub import require
 from kernels import feature_size
 from model import Model, cache_bytes, weight_bytes
@@ -26,6 +27,12 @@ from model import Model, cache_bytes, weight_bytes
 class Hardware(NamedTuple):
     bandwidth: float  # bytes/s from memory
     rate: float  # operations/s in the model's dtype; a multiplication and an addition are two
+
+
+HARDWARE = {  # by NVIDIA's data sheets, in bf16
+    "a10": Hardware(600e9, 125e12),
+    "h100": Hardware(3.35e12, 989e12),
+}
 
 
 def measure_hardware(device: str, dtype: torch.dtype) -> Hardware:
@@ -51,17 +58,21 @@ def fastest(run, wait) -> float:
 
 
 def step_costs(model: Model, batch: int, context: int) -> dict[str, tuple[float, float]]:
+    return plan_costs(model.config, model.norm.weight.element_size(), batch, context)
+
+
+def plan_costs(
+    config: Config, size: int, batch: int, context: int
+) -> dict[str, tuple[float, float]]:
     """{part: (bytes, operations)} of one decoding step for `batch` sequences that hold `context`
-    tokens each.
+    tokens each, in numbers of `size` bytes.
 
     Weights and head are read once for all. A softmax layer reads 2 G D numbers for every token of
     every sequence. An L layer reads those of its window and sinks, and reads and writes S and z,
     G F (D + 1) float32 numbers. The map of an X layer is one more product with weights.
     """
-    config = model.config
-    size = model.norm.weight.element_size()
-    softmax_layers = model.plan.count("S")
-    linear_layers = model.plan.count("L")
+    softmax_layers = config.plan.count("S")
+    linear_layers = config.plan.count("L")
     H = config.num_attention_heads
     G = config.num_key_value_heads
     D = config.head_dim
@@ -70,8 +81,8 @@ def step_costs(model: Model, batch: int, context: int) -> dict[str, tuple[float,
     attention = 2 * (H + G) * D * config.hidden_size
     mlp = 3 * config.hidden_size * config.intermediate_size
     head = config.vocab_size * config.hidden_size
-    stand_ins = model.plan.count("X") if config.removed == "linear" else 0
-    weights = (softmax_layers + linear_layers) * attention + len(model.plan) * mlp
+    stand_ins = config.plan.count("X") if config.removed == "linear" else 0
+    weights = (softmax_layers + linear_layers) * attention + len(config.plan) * mlp
     weights += stand_ins * config.hidden_size**2
     maps = linear_layers * (H + G) * D * D if F else 0  # float32
 

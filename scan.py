@@ -13,14 +13,16 @@ The hidden state that enters layer i does not depend on what happens in layer i.
 residual streams are carried from layer to layer, and a trial starts at its own layer: half the work
 of running every altered model whole.
 
-A plan keeps softmax (S) in `keep` layers and removes the attention (X) of `drop`. `plan_paper`
-ranks layers by their X column alone (arXiv 2604.22050); `plan_tier` minimises the summed damage
-over both columns, exactly.
+`best_plans` finds, for every number of softmax layers (S) and of removed ones (X), the plan of the
+least summed damage, exactly; `frontier` keeps those that no other beats in damage and in speed or
+cache, so a budget of any of the three picks one. `plan_paper` ranks layers by their X column alone
+(arXiv 2604.22050).
 """
 
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,11 +45,13 @@ from measure import (
     task_prompts,
 )
 from model import Model, convert
+from roofline import floor_seconds, plan_costs
 from tokenizer import Tokenizer
 
 TASK_ITEMS = 100  # of the first question file, of the task measure
 MEASURES = ("kl", "recall", "task")
 TRIALS = "XL"  # the tiers that every layer is tried in
+SPEEDUPS = (1.0, 1.1, 1.2, 1.3, 1.5, 1.7, 2.0, 2.5, 3.0, 4.0)  # that the frontier shows
 
 
 # --- measures of damage ------------------------------------------------------------------------
@@ -334,22 +338,88 @@ def plan_paper(costs: list[dict], keep: int, drop: int) -> str:
     return "".join(plan)
 
 
-def plan_tier(costs: list[dict], keep: int, drop: int) -> str:
-    """The plan with `keep` S and `drop` X of the least summed damage, by dynamic programming over
-    the layers: best[s, x] is the cheapest way to give the layers so far s S and x X."""
+def best_plans(costs: list[dict]) -> dict[tuple[int, int], tuple[float, str]]:
+    """{(S layers, X layers): (damage, plan)} of the least summed damage for every split, by dynamic
+    programming over the layers: best[s, x] is the cheapest way to give those so far s S and x X."""
     best = {(0, 0): (0.0, "")}
     for cost in costs:
-        longer = {}
+        longer: dict = {}
         for (s, x), (total, plan) in best.items():
             for tier, state in (("S", (s + 1, x)), ("L", (s, x)), ("X", (s, x + 1))):
-                if state[0] <= keep and state[1] <= drop:
-                    candidate = (total + cost[tier], plan + tier)
-                    longer[state] = min(longer.get(state, (math.inf, "")), candidate)
+                candidate = (total + cost[tier], plan + tier)
+                longer[state] = min(longer.get(state, (math.inf, "")), candidate)
         best = longer
-    return best[keep, drop][1]
+    return best
+
+
+def plan_tier(costs: list[dict], keep: int, drop: int) -> str:
+    """The plan with `keep` S and `drop` X of the least summed damage."""
+    return best_plans(costs)[keep, drop][1]
 
 
 PLANNERS = {"tier": plan_tier, "paper": plan_paper}
+
+
+class Choice(NamedTuple):
+    """A plan and what is predicted of it."""
+
+    plan: str
+    damage: float  # the sum over its layers, before healing
+    speedup: float  # of a decoding step, at the floor that roofline.py counts
+    cache: float  # bytes of a sequence's cache, as a share of the original's
+
+    @property
+    def gain(self) -> dict[str, float]:
+        return {"speedup": self.speedup, "cache": -self.cache}
+
+
+def price_plans(model: Model, costs: list[dict], tiers: dict, workload, hardware) -> list[Choice]:
+    """Of each split the plan of the least damage. workload: (sequences, tokens that each holds).
+
+    What a step costs depends on how many layers have each tier alone, since layers are alike: so
+    the best plans of all splits contain the best plan of any budget."""
+
+    def cost_of(plan: str) -> tuple[float, float]:
+        """Seconds of a step, and bytes of the caches."""
+        config = replace(model.config, plan=plan, **tiers)
+        parts = plan_costs(config, model.norm.weight.element_size(), *workload)
+        cache = parts["softmax cache"][0] + parts["window"][0] + parts["state"][0] / 2
+        return floor_seconds(parts, hardware), cache
+
+    seconds, cache = cost_of("S" * len(costs))
+    choices = []
+    for damage, plan in best_plans(costs).values():
+        plan_seconds, plan_cache = cost_of(plan)
+        choices.append(Choice(plan, damage, seconds / plan_seconds, plan_cache / cache))
+    return choices
+
+
+def frontier(choices: list[Choice], by: str = "speedup") -> list[Choice]:
+    """Those that no other beats in damage and in `by`, "speedup" or "cache"; least damage first."""
+    kept: list[Choice] = []
+    for choice in sorted(choices, key=lambda choice: (choice.damage, -choice.gain[by])):
+        if not kept or choice.gain[by] > kept[-1].gain[by]:
+            kept.append(choice)
+    return kept
+
+
+def choose(choices: list[Choice], budget: str, limit: float) -> Choice:
+    """The plan of the least damage that is `limit` times as fast (budget "speedup") or keeps at
+    most that share of the cache ("cache"), or the fastest of at most that "damage". Raises
+    InputError where none is."""
+    if budget == "damage":
+        return [choice for choice in frontier(choices) if choice.damage <= limit][-1]
+
+    front = frontier(choices, budget)
+    limit = -limit if budget == "cache" else limit
+    enough = [choice for choice in front if choice.gain[budget] >= limit]
+    best = abs(front[-1].gain[budget])
+    require(
+        enough,
+        f"--{budget} {abs(limit):g}: no plan goes beyond {best:.2f} at this --workload; "
+        "give that, or a longer context",
+    )
+    return enough[0]
 
 
 # --- what is shown -----------------------------------------------------------------------------
@@ -372,4 +442,22 @@ def chart(layers: list[dict], measures: list[str], plan: str) -> str:
     ]
     for i, (cost, tier) in enumerate(zip(costs, plan)):
         lines.append(f"{i:5}  {bar(cost['X'])}  {bar(cost['L'])}  {tier}")
+    return "\n".join(lines)
+
+
+def frontier_chart(choices: list[Choice], chosen: str, title: str) -> str:
+    """A line for the plan of least damage at each of SPEEDUPS, and one for the plan chosen."""
+    front = frontier(choices)
+    shown = [next((c for c in front if c.speedup >= least), None) for least in SPEEDUPS]
+    shown += [choice for choice in choices if choice.plan == chosen]
+    shown = sorted({choice for choice in shown if choice}, key=lambda choice: choice.speedup)
+
+    most = max(choice.damage for choice in shown) or 1.0
+    lines = [title, "speedup  cache   S  L  X   damage"]
+    for choice in shown:
+        letters = "".join(f"{choice.plan.count(tier):3}" for tier in "SLX")
+        bar = "█" * round(24 * choice.damage / most)
+        mark = "  <- plan" if choice.plan == chosen else ""
+        line = f"{choice.speedup:7.2f} {choice.cache:6.2f} {letters} {choice.damage:8.3f}  {bar}"
+        lines.append(line + mark)
     return "\n".join(lines)

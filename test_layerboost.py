@@ -1347,6 +1347,42 @@ def test_planners():
     assert paper.count("L") == 3
 
 
+@pytest.mark.parametrize("budget,limit", [("speedup", 1.15), ("cache", 0.5), ("damage", 1.2)])
+def test_the_plan_of_a_budget_is_the_best_of_all_plans(budget, limit, llama):
+    """The least damage that is fast or small enough, or the fastest within the damage."""
+    model = load_model(str(llama))
+    draw = random.Random(1)
+    costs = [{"S": 0.0, "L": draw.random(), "X": 1 + draw.random()} for _ in model.layers]
+    workload, tiers, a10 = (16, 2048), TIERS | {"removed": "nothing"}, roofline.HARDWARE["a10"]
+    choices = scan_module.price_plans(model, costs, tiers, workload, a10)
+    chosen = scan_module.choose(choices, budget, limit)
+
+    def measured(plan):
+        plan_model = convert(model, plan, **tiers)
+        seconds = roofline.floor_seconds(roofline.step_costs(plan_model, *workload), a10)
+        damage = sum(cost[tier] for cost, tier in zip(costs, plan))
+        return damage, seconds, model_module.cache_bytes(plan_model, 2048)
+
+    plans = {plan: measured(plan) for plan in map("".join, itertools.product("SLX", repeat=3))}
+    _, seconds, cache = plans["SSS"]
+    assert chosen.speedup == pytest.approx(seconds / plans[chosen.plan][1])
+    assert chosen.cache == pytest.approx(plans[chosen.plan][2] / cache)
+    assert chosen.damage == pytest.approx(plans[chosen.plan][0])
+    if budget == "damage":
+        best = min(values[1] for values in plans.values() if values[0] <= limit)
+        assert plans[chosen.plan][1] == best
+    else:
+        fits = {
+            "speedup": lambda values: seconds / values[1] >= limit,
+            "cache": lambda values: values[2] <= limit * cache,
+        }[budget]
+        best = min(values[0] for values in plans.values() if fits(values))
+        assert chosen.damage == pytest.approx(best)
+
+    chart = scan_module.frontier_chart(choices, chosen.plan, "").splitlines()
+    assert sum(line.endswith("<- plan") for line in chart) == 1
+
+
 def test_luck_is_no_gain():
     """A layer costs the sum of its measures; a passkey that got easier does not pay for KL."""
     row = {"X": {"kl": 0.5, "recall": -0.2}, "L": {"kl": 0.1, "recall": 0.3}}
@@ -1876,6 +1912,28 @@ def test_errors_by_their_definition():
     assert measure.share_error(1.0, 5) > 0.1
 
 
+def test_writing_by_its_definition(llama, monkeypatch):
+    """Repetition, the base's likelihood and the first difference, an end of text respected."""
+    monkeypatch.setattr(measure, "WRITTEN", 6)
+    base, prompts = load_model(str(llama)), torch.randint(1, 700, (2, 5))
+    eos = base.config.eos_token_ids[0]
+    drawn = torch.tensor([[1, 2, 1, 2, 1, 2], [3, 4, 5, eos, eos, eos]])
+    greedy = torch.tensor([[9, 8, 7, 6, 5, 4], [3, 4, 5, 6, 7, 8]])
+    ours = {"drawn": drawn, "greedy": greedy}
+    theirs = {"greedy": torch.tensor([[9, 8, 1, 6, 5, 4], [3, 4, 5, 6, 7, 8]])}
+    figures = measure.writing_quality(base, prompts, ours, theirs)
+    assert figures["as_base"] == (2 + 6) / 2
+    assert figures["repeated"] == pytest.approx((1 / 3 + 0) / 2)  # 1212, 2121, 1212; 345e
+
+    log_p = base(torch.cat((prompts, drawn), 1)).log_softmax(-1)[:, 4:-1]
+    nll = -log_p.gather(-1, drawn[..., None])[..., 0]
+    assert figures["nats"] == pytest.approx(float(nll[0].mean() + nll[1, :4].mean()) / 2, rel=1e-4)
+
+    written = measure.write_on(base, prompts)
+    assert torch.equal(written["greedy"], base.generate(prompts, 6)[:, 5:])
+    assert torch.equal(written["drawn"], measure.write_on(base, prompts)["drawn"])
+
+
 @torch.inference_mode()
 def test_answers_are_scored_by_their_own_tokens(llama):
     model = load_model(str(llama))
@@ -2039,7 +2097,7 @@ def test_at_long_context_the_floor_is_the_softmax_layers(llama):
     floors = []
     for plan in ("SSS", "SLX"):
         costs = roofline.step_costs(boosted(llama, plan), 1, 10**6)
-        floors.append(roofline.floor_seconds(costs, predict.HARDWARE["a10"][0]))
+        floors.append(roofline.floor_seconds(costs, roofline.HARDWARE["a10"]))
     assert floors[1] == pytest.approx(floors[0] / 3, rel=0.05)
 
 

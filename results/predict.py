@@ -23,6 +23,7 @@ from hub import require
 from machine import run_program
 from model import Model, convert, load_model
 from roofline import (
+    HARDWARE,
     Hardware,
     fitting_slots,
     floor_seconds,
@@ -32,10 +33,7 @@ from roofline import (
 )
 from shapes import SHAPES, build_shape
 
-HARDWARE = {  # NVIDIA's data sheets: bytes/s, bf16 operations/s, and the bytes of its memory
-    "a10": (Hardware(600e9, 125e12), 24e9),
-    "h100": (Hardware(3.35e12, 989e12), 80e9),
-}
+MEMORY = {"a10": 24e9, "h100": 80e9}  # bytes
 
 
 def predict(model: Model, clients: int, context: int, hardware: Hardware, memory: float) -> dict:
@@ -90,7 +88,7 @@ def main(argv=None) -> None:
         else:
             known = ", ".join(HARDWARE)
             require(name in HARDWARE, f"--hardware {name}: give some of {known}, this")
-            hardware, memory = HARDWARE[name]
+            hardware, memory = HARDWARE[name], MEMORY[name]
         print(
             f"\n{name}: {hardware.bandwidth / 1e9:,.0f} GB/s, {hardware.rate / 1e12:,.2f} Tflop/s, "
             f"{memory / 1e9:,.0f} GB"
