@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 from conftest import boosted, write_model  # noqa: E402
 from golden.make_golden import CONFIGS  # noqa: E402
-from model import load_model, save_model  # noqa: E402
+from model import load_model, load_tokenizer, save_model  # noqa: E402
 
 FAMILIES = ("llama", "llama3-scaled", "llama-linear-new-spelling", "mistral", "qwen2")
 FAMILIES += ("qwen2-sliding", "qwen3")
@@ -64,13 +64,13 @@ def padded_left(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def test_logits_equal_ours_at_once_and_in_any_split(tmp_path, family, plan, settings):
     ours, theirs = both(tmp_path, family, plan, **settings)
-    ids = ids_of(2, 60)
+    ids = ids_of(2, 45)
     expected = ours(ids)
     torch.testing.assert_close(theirs(ids).logits, expected, atol=2e-4, rtol=0)
 
-    for first in (7, 8, 9, 40):  # around the window
+    for first in (7, 8, 9):  # around the window
         cache, parts = None, []
-        for part in ids.split([first, 1, 9, *[1] * (50 - first)], dim=1):
+        for part in ids.split([first, 1, 9, *[1] * 15, 20 - first], dim=1):
             output = theirs(part, cache=cache)
             cache = output.cache
             parts.append(output.logits)
@@ -84,10 +84,10 @@ def test_generation_equals_ours_with_padding_longer_than_the_window(
 ):
     ours, theirs = both(tmp_path, family, plan, **settings)
     ids, mask = padded_left([1, 30, 12])
-    output = theirs.generate(ids, attention_mask=mask, max_new_tokens=128, do_sample=False)
+    new = 40 if settings else 128
+    output = theirs.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
     for row, real, out in zip(ids, mask.bool(), output, strict=True):
-        alone = ours.generate(row[real], 128)[0]
-        assert torch.equal(out[-128:], alone[-128:])
+        assert torch.equal(out[-new:], ours.generate(row[real], new)[0, -new:])
 
 
 @torch.no_grad()
@@ -184,12 +184,18 @@ def test_the_folder_stands_alone(llama, tmp_path):
     model.config.eos_token_ids = ()
     save_model(model, tmp_path / "out", llama)
     script = """
-import sys, transformers
+import transformers
 pipe = transformers.pipeline(
-    "text-generation", "out", trust_remote_code=True, device_map=sys.argv[1] or None)
-text = pipe(["a b", "the key of the model"], batch_size=2, max_new_tokens=6, do_sample=False)
-assert len(text) == 2 and text[0][0]["generated_text"].startswith("a b")
+    "text-generation", "out", trust_remote_code=True, device_map="auto", dtype="float32")
+pipe.tokenizer.pad_token_id, pipe.tokenizer.padding_side = 0, "left"
+texts = ["a b", "the key of the model"]
+both = pipe(texts, batch_size=2, max_new_tokens=6, do_sample=False)
+print([answers[0]["generated_text"] for answers in both])
 """
-    command = [sys.executable, "-c", script, "auto"]
+    command = [sys.executable, "-c", script]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+    tokenizer = load_tokenizer(str(llama))
+    texts = ["a b", "the key of the model"]
+    answers = [model.generate(tokenizer.encode(text), 6)[0] for text in texts]
+    assert run.stdout.strip() == str([tokenizer.decode(ids) for ids in answers])
