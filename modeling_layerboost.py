@@ -3,9 +3,9 @@
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 `save_model` copies this file, and kernels.py beside it, into the folder of a converted model. It
-takes transformers' own model of the base family, and puts into its layers what the plan in
-config.json names: S layers keep transformers' attention (eager, sdpa, flash), L layers get
-`WindowLinearAttention`, X layers a linear map or nothing.
+takes transformers' own model of the base family (transformers 5.4 or later), and puts into its
+layers what the plan in config.json names: S layers keep transformers' attention (eager, sdpa,
+flash), L layers get `WindowLinearAttention`, X layers a linear map or nothing.
 
 A batch may be padded on either side. Positions, the window, the sinks and the tail of an L layer
 count the tokens that `attention_mask` calls real, and those alone.
@@ -55,6 +55,8 @@ class LayerCache(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1  # no limit
+
+    get_max_cache_shape = get_max_length  # its older name
 
     def lazy_initialization(self, *states):
         raise NotImplementedError("LayerBoost: an L or X layer fills its cache itself")
@@ -114,14 +116,22 @@ class WindowLinearAttention(nn.Module):
         return self
 
     def forward(
-        self, hidden_states, position_embeddings, cache=None, real=None, **kwargs
+        self,
+        hidden_states,
+        position_embeddings,
+        cache=None,
+        past_key_values=None,
+        real=None,
+        **kwargs,
     ) -> tuple[Tensor, None]:
-        """real [B, T]: False where a token is padding; None where none is."""
+        """real [B, T]: False where a token is padding; None where none is. The cache is called
+        past_key_values before transformers 5.24."""
         query, key, value = self.project(hidden_states, position_embeddings)
         if real is not None:  # padding goes behind the tokens, where none of them sees it
             order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
             query, key, value = (x.gather(2, across_heads(order, x)) for x in (query, key, value))
 
+        cache = past_key_values if cache is None else cache
         cache = LayerCache() if cache is None else cache.layers[self.layer]
         with torch.autocast(query.device.type, enabled=False):
             out = self.attend(query, key, value, cache, real)
@@ -238,7 +248,10 @@ class Removed(nn.Module):
         if config.layerboost["removed"] == "linear":
             self.map = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states, cache=None, **kwargs) -> tuple[Tensor, None]:
+    def forward(
+        self, hidden_states, cache=None, past_key_values=None, **kwargs
+    ) -> tuple[Tensor, None]:
+        cache = past_key_values if cache is None else cache
         if cache is not None:
             cache.layers[self.layer].tokens += hidden_states.shape[1]
         if self.map is None:
@@ -282,7 +295,8 @@ def prepare(model: nn.Module, args: tuple, inputs: dict) -> tuple[tuple, dict]:
 
     use_cache = inputs.get("use_cache")
     if model.config.use_cache if use_cache is None else use_cache:
-        inputs["cache"] = own_layers(inputs.get("cache"), model.config)
+        name = "cache" if "cache" in inputs else "past_key_values"
+        inputs[name] = own_layers(inputs.get(name), model.config)
     return args, inputs
 
 

@@ -71,8 +71,8 @@ def test_logits_equal_ours_at_once_and_in_any_split(tmp_path, family, plan, sett
     for first in (7, 8, 9):  # around the window
         cache, parts = None, []
         for part in ids.split([first, 1, 9, *[1] * 15, 20 - first], dim=1):
-            output = theirs(part, cache=cache)
-            cache = output.cache
+            output = theirs(part, past_key_values=cache)
+            cache = output.past_key_values
             parts.append(output.logits)
         torch.testing.assert_close(torch.cat(parts, 1), expected, atol=2e-4, rtol=0)
 
@@ -103,8 +103,8 @@ def test_padding_on_either_side_and_in_prefills_changes_nothing(tmp_path):
     cache = None
     for end in (5, 20, 21, 40):  # of a row, the first prefills are padding alone
         start = 0 if cache is None else cache.get_seq_length()
-        output = theirs(ids[:, start:end], attention_mask=left[:, :end], cache=cache)
-        cache = output.cache
+        output = theirs(ids[:, start:end], attention_mask=left[:, :end], past_key_values=cache)
+        cache = output.past_key_values
     torch.testing.assert_close(output.logits[:, -1], logits, atol=2e-4, rtol=0)
 
 
@@ -124,7 +124,7 @@ def test_beams_equal_those_without_a_cache_and_what_takes_tokens_back_is_refused
             theirs.generate(one, max_new_tokens=10, **refused)
     with pytest.raises(ValueError, match="not with a StaticCache"):
         cache = transformers.StaticCache(config=theirs.config, max_cache_len=50)
-        theirs(one, cache=cache)
+        theirs(one, past_key_values=cache)
 
 
 @torch.no_grad()
@@ -148,7 +148,7 @@ def test_in_bf16_the_tails_stay_float32(tmp_path):
             assert torch.equal(parameter, expected), name
 
         output = model(ids)
-        tensors = output.cache.layers[0].tensors
+        tensors = output.past_key_values.layers[0].tensors
         assert tensors["key"].dtype == torch.bfloat16
         assert tensors["state"].dtype == tensors["norm"].dtype == torch.float32
         error = (output.logits.float().log_softmax(-1) - ours(ids).log_softmax(-1)).abs().mean()
