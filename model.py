@@ -544,22 +544,31 @@ def weight_files(folder: Path) -> list[Path]:
 
 def save_model(model: Model, folder: str | Path, source: str | Path) -> None:
     """Writes a folder in the Hub's layout: config.json with the plan and the tier settings,
-    model.safetensors, and the tokenizer files of `source`. Shards and an index that lie there,
-    of another model, are deleted."""
+    model.safetensors, the tokenizer files of `source`, and of a converted model the two files by
+    which transformers runs it. Shards and an index of another model that lie there are deleted."""
     folder, config = Path(folder), model.config
     folder.mkdir(parents=True, exist_ok=True)
+    copies = [Path(source) / name for name in TOKENIZER_FILES]
 
-    ours = ["LayerBoostForCausalLM"]
     raw = {key: x for key, x in config.raw.items() if key not in ("torch_dtype", "layerboost")}
-    if raw.get("architectures") == ours:
-        del raw["architectures"]
+    if "layerboost" in config.raw:
+        for name in ("architectures", "auto_map"):
+            raw.pop(name, None)
     raw["model_type"] = config.model_type
     raw["tie_word_embeddings"] = config.tie_word_embeddings
     raw["dtype"] = str(model.norm.weight.dtype).removeprefix("torch.")
     if set(config.plan) != {"S"}:
         # Under another name, so that no other program takes it for an ordinary checkpoint.
+        # transformers runs it by the copies of two files, of which auto_map names the classes.
+        family = "LayerBoost" + config.model_type.capitalize()
+        module = "modeling_layerboost"
         raw["model_type"] = "layerboost"
-        raw["architectures"] = ours
+        raw["architectures"] = [family]
+        raw["auto_map"] = {
+            "AutoConfig": f"{module}.{family}Config",
+            "AutoModelForCausalLM": f"{module}.{family}",
+        }
+        copies += [Path(__file__).parent / name for name in (f"{module}.py", "kernels.py")]
         raw["layerboost"] = {
             "base_model_type": config.model_type,
             "plan": config.plan,
@@ -576,10 +585,9 @@ def save_model(model: Model, folder: str | Path, source: str | Path) -> None:
         weights[stored] = x.detach().contiguous()
     save_safetensors(weights, folder / "model.safetensors", {"format": "pt"})
 
-    for name in TOKENIZER_FILES:
-        if (Path(source) / name).exists():
-            content = (Path(source) / name).read_bytes()
-            write_file(folder / name, lambda path, content=content: path.write_bytes(content))
+    for file in filter(Path.exists, copies):
+        content = file.read_bytes()
+        write_file(folder / file.name, lambda path, content=content: path.write_bytes(content))
     write_json(folder / "config.json", raw)
     for old in folder.glob("model*.safetensors*"):
         if re.fullmatch(r"model-\d+-of-\d+\.safetensors|model\.safetensors\.index\.json", old.name):
