@@ -2257,7 +2257,10 @@ def test_a_tier_of_somebody_elses_goes_through_the_whole_story(llama, text, tmp_
     monkeypatch.setattr(roofline, "step_costs", with_mean)
     monkeypatch.setitem(scan_module.PLANNERS, "tier", lambda *_: "SML")
     assert (
-        layerboost.main(short_run(llama, text, tmp_path, "--measure", "kl", "--tokens", "1k")) == 0
+        layerboost.main(
+            short_run(llama, text, tmp_path, "--measure", "kl", "--tokens", "1k", "--keep", "1")
+        )
+        == 0
     )
     scanned = json.loads((tmp_path / "scan.json").read_text())["layers"]
     assert len(scanned) == 3 and all(row["M"]["kl"] > 0 for row in scanned)
