@@ -35,9 +35,9 @@ import report
 import scan
 from adapter import load_adapter, read_adapter
 from budget import DECODING, SCANS, Budget, make_budget
-from config import REMOVED
+from config import REMOVED, default_window
 from distill import Healing, heal, healing_bytes, tail_names
-from fit import copy_fitted, fit_maps, fit_tails
+from fit import copy_maps, fit_maps
 from hub import C4, InputError, find_model, read_documents, require
 from kernels import FEATURE_MAPS
 from machine import (
@@ -94,6 +94,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     """Scan, plan, convert, heal, evaluate, report and save: all into args.out."""
     started = time.monotonic()
     out = Path(args.out)
+    args.window = default_window(model.config) if args.window is None else args.window
     tiers = {name: getattr(args, name) for name in ("window", "sinks", "feature_map", "removed")}
     check_arguments(model, source, tiers, args)
     tasks = read_tasks(args.tasks)
@@ -120,8 +121,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     student = convert(model, plan, **tiers)
     if "X" in plan and args.removed == "linear":
         fit_maps(model, converted, fitting)
-    fit_tails(model, converted, train.flatten()[-settings.long_context :][None])
-    copy_fitted(converted, student)
+        copy_maps(converted, student)
     student.recompute = args.activation_checkpointing
 
     # Heal.
@@ -482,9 +482,9 @@ FLAGS = {
             None,
             "plan from this scan.json, made on any text [scan, or go on with the one in OUT]",
         ),
-        "window": (int, 64, "last tokens that an L layer sees exactly"),
+        "window": (int, None, "last tokens that an L layer sees exactly [4 times the head size]"),
         "sinks": (int, 4, "first tokens that it sees exactly"),
-        "feature-map": (str, "hedgehog", f"of its tail: {', '.join(FEATURE_MAPS)}"),
+        "feature-map": (str, "softmax", f"of its tail: {', '.join(FEATURE_MAPS)}"),
     },
     "healing": {
         "tokens": (token_count, None, "to heal on, as 200k; the rest of the run by it [10M]"),

@@ -32,7 +32,7 @@ from tokenizer import load_tokenizer, pack_sequences
 PLAN = "LLLLSLLLSLLLLLLSLLSLSSSSLLLLLL"  # results/smollm2-200k/scan.json, --keep 8 --drop 0
 EDGES = (0, 512, 1024, 2048, 4096, 8192)
 LENGTHS = (512, 1024, 2048, 4096)
-FORMS = ("hedgehog", "softmax", "narrow", "none")
+FORMS = ("hedgehog", "softmax", "none")
 
 
 def window_of(feature_map: str, head_dim: int, sinks: int = 4) -> int:
