@@ -3,8 +3,9 @@
     python results/forms.py MODEL --data FILE --valid FILE --tokens 48k --out DIR [FORM ...]
 
 Every feature map below gets the window with which a step reads and writes as many bytes as one of
-64 tokens, 4 sinks and a Hedgehog tail in float32. Each is converted, healed, and measured on sequences of 8,192 tokens by position, and on passkeys. DIR gets
-FORM.json at once, and what is there is not measured again.
+64 tokens, 4 sinks and a Hedgehog tail in float32. Each is converted, healed, and measured on
+sequences of 8,192 tokens by position, and on passkeys. DIR gets FORM.json at once, and what is
+there is not measured again.
 """
 
 import argparse
