@@ -202,7 +202,8 @@ class WindowLinearAttention(SoftmaxAttention):
     def initial_parameters(self) -> dict[str, Tensor]:
         """The tail's parameters before any training: W the identity (for half as many features,
         the sums of the pairs that rotary embedding turns), and b so low that a tail which has
-        learned nothing does no harm. Adam's steps do not depend on how small its gradient is."""
+        learned nothing does no harm. Its gradient is small, but Adam's steps do not hang on that.
+        """
         c = self.config
         H, G, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         if not self.has_tail:

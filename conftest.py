@@ -88,6 +88,8 @@ def boosted(folder: Path, plan: str = "SLX", **settings) -> Model:
     torch.manual_seed(3)
     model = load_model(str(folder), plan, **TIERS | settings)
     for name, parameter in model.named_parameters():
+        if name.endswith("tail_logit"):
+            parameter.zero_()  # so that it weighs something
         if name.endswith(("_map", "tail_logit")):
             parameter += 0.3 * torch.randn_like(parameter)
     return model

@@ -39,6 +39,7 @@ from machine import Diverged, Interrupt, gather, progress, rank_and_world, say, 
 from measure import hidden_states, kl_by_position
 from model import Model
 
+EPS = 1e-15  # what Adam adds to the size of a gradient: less than those of a faint tail's b
 AVERAGE = 3  # step t of a stage counts as t^AVERAGE in the average of its weights
 STEADY = 600  # steps of a stage at its full learning rate
 CHECKPOINT_SECONDS = 180  # between two checkpoints
@@ -485,7 +486,7 @@ class Optimizer:
         self.trained = trained
         self.averages = {name: x.detach().clone() for name, x in trained.items()}
         self.adam = torch.optim.AdamW(
-            trained.values(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+            trained.values(), lr=0.0, betas=(0.9, 0.99), eps=EPS, weight_decay=0.0, fused=True
         )
 
     @torch.no_grad()
