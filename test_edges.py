@@ -589,6 +589,24 @@ def small_checkpoint(path: Path) -> bytes:
 
 SCAN = {"identity": {"window": 8}, "of": 2, "layers": [{"X": {"kl": 1.0}, "L": {"kl": 0.5}}] * 2}
 FUZZED = ("config", "layerboost", "index", "header", "weights", "checkpoint", "scan", "tasks")
+FUZZED += ("tokenizer",)
+
+
+def small_tokenizer(kind: str) -> str:
+    """A golden tokenizer.json with few tokens, so that damage is seldom there."""
+    spec = json.loads((GOLDEN / f"tokenizers/{kind}/tokenizer.json").read_text())
+    model = spec["model"]
+    model["merges"] = model["merges"][:4]
+    tokens = {*"Hi5é", *itertools.chain(*model["merges"]), *map("".join, model["merges"])}
+    tokens |= {token["content"] for token in spec["added_tokens"]}
+    model["vocab"] = {token: id for token, id in model["vocab"].items() if token in tokens}
+    model["byte_fallback"] = False
+    return json.dumps(spec)
+
+
+def encode_and_decode(folder: Path) -> None:
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.decode(tokenizer.encode("Hi xx  5 <tool>é\x00"))
 
 
 def fuzz_target(kind: str, llama: Path, folder: Path):
@@ -623,6 +641,10 @@ def fuzz_target(kind: str, llama: Path, folder: Path):
         path = folder / "scan.json"
         read = functools.partial(scan_module.check_scan, path, {"window": 8}, ["kl"], 2)
         return path, damaged_json(json.dumps(SCAN)), read
+    if kind == "tokenizer":
+        path, kinds = folder / "tokenizer.json", ("smollm", "qwen2", "llama2", "mistral")
+        strategy = st.one_of([damaged_json(small_tokenizer(kind)) for kind in kinds])
+        return path, strategy, lambda: encode_and_decode(folder)
     path = folder / "task.jsonl"
     items = damaged_json(json.dumps(CHOICES)) | damaged_json(json.dumps(OPTIONS))
     prompts = functools.partial(measure.task_prompts, tokenizer=load_tokenizer(str(llama)), reach=9)
