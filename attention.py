@@ -155,7 +155,7 @@ class SoftmaxAttention(nn.Module):
         return SoftmaxCache(self.config, batch, max_tokens, dtype, device)
 
 
-FAINT = -16.0  # b of a tail of 4,096 tokens that weighs less than 1/2000 of the window
+FAINT = -8.0  # b, before it is trained
 
 # --- tier L ------------------------------------------------------------------------------------
 
@@ -200,8 +200,9 @@ class WindowLinearAttention(SoftmaxAttention):
         return self.config.feature_map != "none"
 
     def initial_parameters(self) -> dict[str, Tensor]:
-        """The tail's parameters before any training: W the identity, and b so low that the tail
-        does no harm. `fit.fit_tails` raises it."""
+        """The tail's parameters before any training: W the identity (for half as many features,
+        the sums of the pairs that rotary embedding turns), and b so low that a tail which has
+        learned nothing does no harm. Adam's steps do not depend on how small its gradient is."""
         c = self.config
         H, G, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         if not self.has_tail:
@@ -211,11 +212,10 @@ class WindowLinearAttention(SoftmaxAttention):
             maps = favor_projection(H, D), favor_projection(G, D)
         else:
             W = torch.eye(D)
-            if c.feature_map == "narrow":
+            if c.feature_map == "softmax":
                 W = (W[: D // 2] + W[D // 2 :]) * 0.5**0.5
             maps = W.repeat(H, 1, 1), W.repeat(G, 1, 1)
-        b = {"elu": -8.0, "relu": -8.0, "favor": 0.0}.get(c.feature_map, FAINT)
-        return {"query_map": maps[0], "key_map": maps[1], "tail_logit": torch.full((H,), b)}
+        return {"query_map": maps[0], "key_map": maps[1], "tail_logit": torch.full((H,), FAINT)}
 
     def tail_parameters(self) -> list[str]:
         """What attention transfer trains: W where it is learned (Performer's is fixed), and b,

@@ -23,6 +23,7 @@ import cpu
 from config import parse_plan
 from engine import Engine, Request, prefill
 from hub import require
+from kernels import FEATURE_MAPS
 from machine import pick_device, pick_dtype
 from measure import quantile
 from model import Model, cache_bytes, convert, load_model, weight_bytes
@@ -216,7 +217,7 @@ def load_pair(args) -> tuple[dict[str, Model], Hardware]:
     n = len(dense.layers)
     few = round(n * 4 / 15)
     plan = parse_plan(args.plan, n) if args.plan else "S" * few + "L" * (n - 2 * few) + "X" * few
-    converted = convert(dense, plan, args.window, args.sinks)
+    converted = convert(dense, plan, args.window, args.sinks, args.feature_map)
 
     this = measure_hardware(device, dtype)
     print(
@@ -308,8 +309,9 @@ COMMON_FLAGS = {
     "model": {
         "model": (str, None, "a folder or Hub id"),
         "plan": (str, None, "letters, or uniform:L [4/15 of the layers S, 4/15 X, the others L]"),
-        "window": (int, 64, "of L layers, in tokens"),
+        "window": (int, None, "of L layers, in tokens [4 times the head size]"),
         "sinks": (int, 4, "of L layers, in tokens"),
+        "feature-map": (str, "softmax", f"of their tails: {', '.join(FEATURE_MAPS)}"),
     },
     "machine": {
         **MACHINE_FLAGS,

@@ -34,15 +34,14 @@ HEALING = 5  # the work of a token that is healed on
 DECODING = 7_000  # the work of timing three models as they decode; it grows with nothing
 LEAST_STEPS = 8  # of healing, that --minutes has room for
 
-FULL_RECALL = {512: 4, 1024: 2, 2048: 1}  # prompts by their length
-
 # Sequences, the tokens of each, prompts of the recall measure.
 SCANS = (
     (1, 1024, {512: 2}),
     (2, 1024, {512: 2, 1024: 1}),
-    (2, 2048, FULL_RECALL),
-    (3, 2048, FULL_RECALL),
-    (4, 2048, FULL_RECALL),
+    (2, 1024, {512: 2, 1024: 2, 2048: 1}),
+    (2, 2048, {512: 2, 1024: 2, 2048: 2}),
+    (2, 2048, {512: 2, 1024: 2, 2048: 2, 4096: 1}),
+    (4, 2048, {512: 4, 1024: 4, 2048: 4, 4096: 4}),
 )
 
 SCAN_TOKENS = SCANS[-1][0] * SCANS[-1][1]  # that a scan judges at most

@@ -85,7 +85,7 @@ class Config:
     eos_token_ids: tuple[int, ...]
     plan: str  # one letter per layer: S softmax, L sliding-window linear, X removed
     removed: str = "nothing"  # what stands where attention is removed, or "linear"
-    window: int = 64
+    window: int = 64  # of an L layer
     sinks: int = 4
     feature_map: str = "hedgehog"
     healed_context: int | None = None  # the longest sequences that the tails were healed on
@@ -248,6 +248,13 @@ def read_eos(raw: dict, vocab_size: int, path: Path) -> tuple[int, ...]:
     right = all(type(id) is int and 0 <= id < vocab_size for id in ids)
     require(right, f"{path}: eos_token_id is {eos!r:.40}; give ids below vocab_size {vocab_size}")
     return tuple(ids)
+
+
+def default_window(config: Config) -> int:
+    """Four times the head size: at D numbers of 2 bytes in each key and value, and a state of D / 2
+    features in float32 that is read and written, window and state cost a step about as much as
+    5 D tokens do (results/healing.md, "What L should be")."""
+    return 4 * config.head_dim
 
 
 def parse_plan(text: str, layers: int) -> str:

@@ -23,7 +23,6 @@ from terminal import progress
 
 RIDGE = 1e-2  # lambda, as a share of the mean variance of an input
 BATCH = 4  # sequences that run together
-LOGITS = (-16.0, *range(-8, 9))  # b that a tail may start with
 
 
 class Moments:
@@ -67,10 +66,10 @@ def fit_map(theirs: Block, ours: Block, their_stream, our_stream, rotary) -> Non
     ours.self_attn.map.bias.copy_(bias)
 
 
-def copy_fitted(source: Model, target: Model) -> None:
-    """Gives a model of the same plan its own copy of what is fitted."""
+def copy_maps(source: Model, target: Model) -> None:
+    """Gives a model of the same plan its own copy of the maps."""
     for name, parameter in source.named_parameters():
-        if ".self_attn.map." in name or name.endswith("tail_logit"):
+        if ".self_attn.map." in name:
             target.get_parameter(name).data.copy_(parameter)
 
 
@@ -86,24 +85,3 @@ def fit_maps(original: Model, altered: Model, ids: Tensor) -> None:
             fit_map(original.layers[i], altered.layers[i], their_stream, our_stream, rotary)
         our_stream = [altered.run_layers(x, i, i + 1) for x in our_stream]
         their_stream = [original.run_layers(x, i, i + 1) for x in their_stream]
-
-
-@torch.inference_mode()
-def fit_tails(original: Model, altered: Model, ids: Tensor) -> None:
-    """Gives each head of the L layers the b, out of LOGITS, that brings its output closest to the
-    original's on text ids [N, T], in place."""
-    rotary = original.rotary(ids.shape[1])
-    x = original.embed_tokens(ids.to(original.device))
-    for i in progress(range(len(altered.layers)), desc="fitting tails"):
-        ours = altered.layers[i].self_attn
-        if altered.plan[i] == "L" and ours.has_tail:
-            theirs = original.layers[i]
-            inputs = theirs.self_attn.project(theirs.input_layernorm(x), rotary)
-            target = theirs.self_attn.attend(*inputs).float()  # (N, H, T, D)
-            errors = []
-            for b in LOGITS:
-                ours.tail_logit.fill_(b)
-                errors.append((ours.attend(*inputs).float() - target).square().sum((0, 2, 3)))
-            best = torch.stack(errors).argmin(0)  # (H)
-            ours.tail_logit.copy_(torch.tensor(LOGITS, device=best.device)[best])
-        x = original.run_layers(x, i, i + 1)

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEATURE_MAPS = ("hedgehog", "softmax", "narrow", "elu", "relu", "favor", "none")
+FEATURE_MAPS = ("softmax", "hedgehog", "elu", "relu", "favor", "none")
 
 
 # --- norm, activation, rotary embedding --------------------------------------------------------
@@ -67,16 +67,17 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def feature_size(kind: str, head_dim: int) -> int:
     """F, the number of features that `feature_map` makes from a head of size `head_dim`."""
-    halves = {"hedgehog": 4, "favor": 4, "softmax": 2, "elu": 2, "relu": 2, "narrow": 1, "none": 0}
+    halves = {"softmax": 1, "elu": 2, "relu": 2, "hedgehog": 4, "favor": 4, "none": 0}
     return halves[kind] * head_dim // 2
 
 
 def feature_map(x: Tensor, kind: str, weight: Tensor) -> Tensor:
     """phi: positive features, so that phi(q) . phi(k) can stand for exp(q . k / sqrt(D)).
 
-    x [B, heads, T, D] -> [B, heads, T, F] in float32. weight W is [heads, D, D], learned, started
-    at the identity; of `favor` [heads, F, D], fixed.
+    x [B, heads, T, D] -> [B, heads, T, F] in float32. weight W is [heads, F, D] ([heads, D, D] of
+    hedgehog), learned but for favor's.
 
+    softmax:  softmax(W x), of F = D / 2 features
     hedgehog: softmax(W x) joined with softmax(-W x)             (arXiv 2402.04347, section 4)
     elu:      elu(W x) + 1                                       (arXiv 2006.16236, section 3.2)
     relu:     relu(W x) + 0.001, so that no denominator is zero  (arXiv 2103.13076, 2405.06640)
@@ -89,7 +90,7 @@ def feature_map(x: Tensor, kind: str, weight: Tensor) -> Tensor:
     y = torch.einsum("bhtd,hfd->bhtf", x, weight)
     if kind == "hedgehog":
         return torch.cat((y.softmax(-1), (-y).softmax(-1)), dim=-1)
-    if kind in ("softmax", "narrow"):
+    if kind == "softmax":
         return y.softmax(-1)
     if kind == "elu":
         return F.elu(y) + 1

@@ -35,9 +35,9 @@ import report
 import scan
 from adapter import load_adapter, read_adapter
 from budget import SCAN_TOKENS, SCANS, Budget, announce, forward_rate, make_budget
-from config import REMOVED
+from config import REMOVED, default_window
 from distill import Healing, heal, healing_bytes, tail_names
-from fit import copy_fitted, fit_maps, fit_tails
+from fit import copy_maps, fit_maps
 from hub import find_model, fingerprint, hash_files, require
 from kernels import FEATURE_MAPS
 from machine import (
@@ -95,6 +95,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     """Scan, plan, convert, heal, evaluate, report and save: all into args.out."""
     started = time.monotonic()
     out = Path(args.out)
+    args.window = default_window(model.config) if args.window is None else args.window
     tiers = {name: getattr(args, name) for name in ("window", "sinks", "feature_map", "removed")}
     check_arguments(model, source, tiers, args)
     tasks = read_tasks(args.tasks)
@@ -113,9 +114,12 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     plan = args.plan or make_plan(model, layers, tiers, args)
     say(f"\nPlan: {plan}", *scan.describe_plan(model, plan, tiers, layers, args.measure))
 
-    # Convert.
-    context = train.flatten()[-settings.long_context :][None]
-    converted, student = convert_twice(model, plan, tiers, fitting, context)
+    # Convert. `converted` keeps untrained tails of its own; the student's are trained.
+    converted = convert(model, plan, **tiers)
+    student = convert(model, plan, **tiers)
+    if "X" in plan and args.removed == "linear":
+        fit_maps(model, converted, fitting)
+        copy_maps(converted, student)
     student.recompute = args.activation_checkpointing
 
     # Heal.
@@ -300,20 +304,6 @@ def make_plan(model: Model, layers: list[dict], tiers: dict, args) -> str:
     return plan
 
 
-def convert_twice(
-    model: Model, plan: str, tiers: dict, fitting: Tensor, context: Tensor
-) -> tuple[Model, Model]:
-    """Two models of one plan: the first keeps the tails as they are fitted, the second is to be
-    trained. fitting: ids [N, T] for the maps of X layers; context: ids [1, T] for the tails."""
-    converted = convert(model, plan, **tiers)
-    student = convert(model, plan, **tiers)
-    if "X" in plan and tiers["removed"] == "linear":
-        fit_maps(model, converted, fitting)
-    fit_tails(model, converted, context)
-    copy_fitted(converted, student)
-    return converted, student
-
-
 # --- what the terminal shows -------------------------------------------------------------------
 
 
@@ -391,9 +381,9 @@ FLAGS = {
             None,
             "plan from this scan.json, made on any text [scan, or go on with the one in OUT]",
         ),
-        "window": (int, 64, "last tokens that an L layer sees exactly"),
+        "window": (int, None, "last tokens that an L layer sees exactly [4 times the head size]"),
         "sinks": (int, 4, "first tokens that it sees exactly"),
-        "feature-map": (str, "hedgehog", f"of its tail: {', '.join(FEATURE_MAPS)}"),
+        "feature-map": (str, "softmax", f"of its tail: {', '.join(FEATURE_MAPS)}"),
     },
     "healing": {
         "tokens": (token_count, None, "to heal on, as 200k; the rest of the run by it [10M]"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention import Linear, RMSNorm, SoftmaxCache, linear, tier_of
-from config import Config, check_settings, parse_plan, read_config
+from config import Config, check_settings, default_window, parse_plan, read_config
 from hub import InputError, find_model
 from kernels import swiglu
 from machine import require_memory
@@ -376,15 +376,16 @@ def weight_bytes(model: Model) -> int:
 def convert(
     model: Model,
     plan: str,
-    window: int = 64,
+    window: int | None = None,
     sinks: int = 4,
-    feature_map: str = "hedgehog",
+    feature_map: str = "softmax",
     removed: str = "nothing",
 ) -> Model:
     """A model with another plan that shares the weights of `model`: no tensor is copied. L layers
     that `model` does not have, or has with other settings, start with an untrained tail, X layers
     with a map that is zero (`fit.fit_maps` finds a better one). Raises InputError for a layer that
     has no attention left."""
+    window = default_window(model.config) if window is None else window
     settings = {"window": window, "sinks": sinks, "feature_map": feature_map, "removed": removed}
     config = replace(model.config, plan=plan, **settings)
     check_settings(config)
@@ -418,9 +419,9 @@ def convert(
 def load_model(
     path_or_hub_id: str,
     plan: str | None = None,
-    window: int = 64,
+    window: int | None = None,
     sinks: int = 4,
-    feature_map: str = "hedgehog",
+    feature_map: str = "softmax",
     removed: str = "nothing",
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",

@@ -101,7 +101,7 @@ class WindowLinearAttention(nn.Module):
         self.kind = self.settings["feature_map"]
         if self.kind != "none":
             H, G, D = config.num_attention_heads, config.num_key_value_heads, self.head_dim
-            rows = feature_size(self.kind, D) if self.kind == "favor" else D
+            rows = D if self.kind == "hedgehog" else feature_size(self.kind, D)
             self.query_map = nn.Parameter(torch.zeros(H, rows, D, dtype=torch.float32))
             self.key_map = nn.Parameter(torch.zeros(G, rows, D, dtype=torch.float32))
             self.tail_logit = nn.Parameter(torch.zeros(H, dtype=torch.float32))

@@ -2,10 +2,10 @@
 
     python results/forms.py MODEL --data FILE --valid FILE --tokens 48k --out DIR [FORM ...]
 
-Every form of L below reads and writes as many bytes a step as a window of 64 tokens, 4 sinks and a
-Hedgehog tail in float32; what a smaller state saves, a wider window takes. Each is converted, its
-b fitted, healed, and measured on sequences of 8,192 tokens by position, and on passkeys. DIR gets
-FORM.json at once, and what is there is not measured again.
+Every feature map below gets the window with which a step reads and writes as many bytes as one of
+64 tokens, 4 sinks and a Hedgehog tail in float32. Each is converted, healed, and measured on
+sequences of 8,192 tokens by position, and on passkeys. DIR gets FORM.json at once, and what is
+there is not measured again.
 """
 
 import argparse
@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from distill import Healing, heal
-from fit import fit_tails
 from hub import fingerprint, write_json
 from kernels import feature_size
 from measure import passkey_recall
@@ -32,7 +31,7 @@ from tokenizer import load_tokenizer
 PLAN = "LLLLSLLLSLLLLLLSLLSLSSSSLLLLLL"  # results/smollm2-200k/scan.json, --keep 8 --drop 0
 EDGES = (0, 512, 1024, 2048, 4096, 8192)
 LENGTHS = (512, 1024, 2048, 4096)
-FORMS = ("hedgehog", "softmax", "narrow", "none")
+FORMS = ("hedgehog", "softmax", "none")
 
 
 def window_of(feature_map: str, head_dim: int, sinks: int = 4) -> int:
@@ -89,18 +88,10 @@ def main() -> None:
         if path.exists():
             continue
         start = time.monotonic()
-        kind, *logit = form.split()  # a kind alone has its b fitted
-        window = window_of(kind, base.config.head_dim)
-        student = convert(base, args.plan, window, 4, kind)
-        result = {"form": form, "window": window, "plan": args.plan, "tokens": args.tokens}
+        window = window_of(form, base.config.head_dim)
+        student = convert(base, args.plan, window, 4, form)
         has_tail = student.layers[0].self_attn.has_tail
-        for name, parameter in student.named_parameters():
-            if name.endswith("tail_logit") and logit:
-                parameter.data.fill_(float(logit[0]))
-        if has_tail and not logit:
-            fit_tails(base, student, train.flatten()[-4096:].view(1, -1))
-            logits = [x for n, x in student.named_parameters() if n.endswith("tail_logit")]
-            result["fitted_b"] = torch.stack(logits).mean(1).tolist()
+        result = {"form": form, "window": window, "plan": args.plan, "tokens": args.tokens}
         result["converted"] = figures(student, base, tokenizer, valid, targets, 0)
         print(json.dumps(result), flush=True)
         if args.tokens:
