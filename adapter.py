@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hub import open_safetensors, require, save_safetensors
+from hub import fingerprint, open_safetensors, parse_json, require, save_safetensors
 from machine import rank_and_world
 from model import Model, convert
-from scan import fingerprint
 
 ADAPTER_SETTINGS = ("plan", "window", "sinks", "feature_map", "removed", "healed_context")
 
@@ -90,12 +89,13 @@ def save_adapter(original: Model, healed: Model, rank: int, path: Path) -> None:
 
 def read_adapter(path: Path) -> dict:
     """The metadata of an adapter. Raises InputError for another kind of file."""
-    with open_safetensors(path, "give the adapter.safetensors of a run") as file:
-        about = json.loads((file.metadata() or {}).get("layerboost", "{}"))
+    fix = "give the adapter.safetensors of a run"
+    with open_safetensors(path, fix) as file:
+        about = parse_json((file.metadata() or {}).get("layerboost", "{}"), path)
     wanted = {*ADAPTER_SETTINGS, "base", "rank", "dtype"}
     require(
         wanted <= set(about) and about["dtype"] in ("bfloat16", "float32"),
-        f"{path}: is no adapter of this program; give the adapter.safetensors of a run",
+        f"{path}: is no adapter of this program; {fix}",
     )
     return about
 

@@ -24,16 +24,7 @@ from config import parse_plan
 from engine import Engine, Request, prefill
 from hub import require
 from kernels import FEATURE_MAPS
-from machine import (
-    MACHINE_FLAGS,
-    Parser,
-    add_flags,
-    at_least,
-    pick_device,
-    pick_dtype,
-    progress,
-    run_program,
-)
+from machine import pick_device, pick_dtype
 from measure import quantile
 from model import Model, cache_bytes, convert, load_model, weight_bytes
 from roofline import (
@@ -44,6 +35,7 @@ from roofline import (
     serving_floor,
     step_costs,
 )
+from terminal import MACHINE_FLAGS, Parser, add_flags, at_least, progress, run_program
 
 SPREAD = 0.25  # how far the lengths of requests vary around their mean, as a share
 

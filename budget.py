@@ -17,14 +17,18 @@ its size.
 
 import bisect
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from hub import read_json, require, write_json
 from machine import is_main_process, rank_and_world
 from measure import RECALL_DEPTHS, RECALL_LENGTHS
 from model import Model
-from report import CONTEXT
+from terminal import clock, say
+from text import CONTEXT
 
 HEALING = 5  # the work of a token that is healed on
 DECODING = 7_000  # the work of timing three models as they decode; it grows with nothing
@@ -39,6 +43,8 @@ SCANS = (
     (2, 2048, {512: 2, 1024: 2, 2048: 2, 4096: 1}),
     (4, 2048, {512: 4, 1024: 4, 2048: 4, 4096: 4}),
 )
+
+SCAN_TOKENS = SCANS[-1][0] * SCANS[-1][1]  # that a scan judges at most
 
 FITTED = 28  # tokens that linear maps are fitted on, for each of their inputs
 
@@ -184,3 +190,51 @@ def tokens_in(minutes: float, rate: float, step: int, shape: dict) -> int:
         f"give {math.ceil(needed(choices[0]))} or more",
     )
     return choices[fitting - 1]
+
+
+# --- said at the start -------------------------------------------------------------------------
+
+
+def announce(model: Model, budget: Budget, rate: float, scanned: int, tokens: int, args) -> None:
+    """Says what is going to happen, and about how long it takes here. rate: work a second;
+    scanned: layers that an earlier run has measured; tokens: that are healed on."""
+    n = len(model.layers)
+    ((name, limit),) = args.limits.items()
+    kept = f"that keeps {args.keep} layers, drops {args.drop}"
+    if name != "keep":
+        kept = f"of {name} {limit:g}"
+    if args.plan:
+        first = f"1. plan      {args.plan}, as given"
+    elif scanned == n:
+        first = f"1. plan      one {kept}, from a scan made before"
+    else:
+        scanning = budget.scan_work(*budget.scan_size, scanned)
+        first = f"1. scan      {2 * (n - scanned)} trials"
+        first += f", then a plan {kept}   about {clock(scanning / rate)}"
+    healing = clock((budget.healing + budget.validation) / rate)
+    evaluation = clock((budget.evaluation + DECODING) / rate)
+    watched = f"{budget.validations} validations on {budget.watched * budget.context:,} tokens"
+    text = f"{budget.sequences * budget.context:,} tokens"
+    passkeys = f"{budget.passkeys} passkeys at each length to {budget.recall_lengths[-1]:,}"
+
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    say(
+        f"{args.model}: {n} layers, {parameters:.1f}M parameters, {args.dtype} on {args.device}; "
+        f"a forward pass runs at {rate:,.0f} tokens/s here",
+        first,
+        f"2. heal      {tokens:,} tokens, {watched}   about {healing}",
+        f"3. evaluate  three models on {text} and {passkeys}   about {evaluation}"
+        + (" and the task files" if args.tasks else ""),
+        f"All goes to {args.out}. Ctrl-C is safe: the same command goes on where it stopped.",
+    )
+
+
+def forward_rate(model: Model) -> float:
+    """Tokens a second of a forward pass, from the second of two."""
+    tokens = min(CONTEXT, model.config.max_position_embeddings)
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
+    with torch.inference_mode():
+        float(model.hidden(ids).sum())
+        start = time.perf_counter()
+        float(model.hidden(ids).sum())
+    return tokens / (time.perf_counter() - start)

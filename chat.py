@@ -22,8 +22,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from hub import InputError, read_json, require
-from machine import require_memory, say, visible
+from machine import require_memory
 from model import Model, cache_bytes
+from terminal import say, visible
 from tokenizer import Tokenizer, splitter
 
 MARK = "\ufdd0"  # around the id of a hidden token; Unicode leaves it to programs
@@ -56,7 +57,7 @@ def generate_text(model: Model, tokenizer: Tokenizer, args) -> None:
     )
     new = args.max_new_tokens or 100
     needed = cache_bytes(model, len(ids) + new)
-    require_memory(needed, args.device, "--max-new-tokens", "give fewer")
+    require_memory(needed, str(model.device), "--max-new-tokens", "give fewer")
     print(visible(args.prompt), end="", flush=True)
     if not list(stream_text(model, tokenizer, ids, model.config.eos_token_ids, new, args)):
         print(

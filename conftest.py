@@ -4,6 +4,7 @@ run.
 
 import gzip
 import json
+import math
 import random
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import cpu
+import terminal
 from config import read_config
 from golden.make_golden import CONFIGS, NASTY, SMALL, formula_weight
 from model import Model, load_model
@@ -27,9 +29,11 @@ needs_cpp = pytest.mark.skipif(not cpu.compiler_works(), reason="needs a C++ com
 
 @pytest.fixture(autouse=True)
 def every_test_starts_alike(monkeypatch):
-    """With the same random numbers, and with the C++ that --no-compile switches off."""
+    """With the same random numbers, with the C++ that --no-compile switches off, and without lines
+    of bars, which a slow machine would put among the others."""
     torch.manual_seed(0)
     monkeypatch.setattr(cpu, "enabled", True)
+    monkeypatch.setattr(terminal, "LINE_SECONDS", math.inf)
 
 
 def write_model(folder: Path, config: dict, shards: int = 1) -> Path:

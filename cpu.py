@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from kernels import Past
-from machine import progress
+from terminal import progress
 
 enabled = True
 SOURCE = Path(__file__).with_name("cpu.cpp")

@@ -35,9 +35,10 @@ from torch import Tensor, nn
 from adapter import add_adapters, merge_adapters, save_adapter
 from hub import InputError, content_hash, open_safetensors, require, save_safetensors
 from kernels import sliced_kl
-from machine import Diverged, Interrupt, gather, progress, rank_and_world, say, sum_over_processes
+from machine import Diverged, gather, rank_and_world, sum_over_processes
 from measure import hidden_states, kl_by_position
 from model import Model
+from terminal import Interrupt, progress, say
 
 EPS = 1e-15  # what Adam adds to the size of a gradient: less than those of a faint tail's b
 AVERAGE = 3  # step t of a stage counts as t^AVERAGE in the average of its weights
@@ -196,15 +197,7 @@ def heal(
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update(settings.tokens_after(run.step) - settings.tokens_after(run.step - 1))
 
-    student.config.healed_context = settings.longest
-    save_adapter(teacher, student, settings.rank, checkpoint.with_name("adapter.safetensors"))
-    parts = [ids for ids, _ in run.targets]
-    unmerged = hidden_states(student, parts)
-    merge_adapters(student)
-    student.requires_grad_(False)
-    if parts:
-        kl = merged_kl(student, parts, unmerged)
-        say(f"Merging the adapters, each weight rounded once, changes the model by KL {kl:.1e}.")
+    run.finish()
     return run.curve
 
 
@@ -312,6 +305,25 @@ class Run:
         self.step += 1
         self.curve["train"].append(round(loss, 5))
         return loss
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Writes what was learned to adapter.safetensors and merges it into the weights."""
+        student, settings = self.student, self.settings
+        student.config.healed_context = settings.longest
+        path = self.checkpoint.with_name("adapter.safetensors")
+        save_adapter(self.teacher, student, settings.rank, path)
+
+        parts = [ids for ids, _ in self.targets]
+        unmerged = hidden_states(student, parts)
+        merge_adapters(student)
+        student.requires_grad_(False)
+        if parts:
+            head, merged = student.head, map(student.hidden, parts)
+            kl = torch.cat([kl_by_position(x, y, head, head) for x, y in zip(merged, unmerged)])
+            kl = max(0.0, float(kl.mean()))  # rounding can make it less
+            how = "each weight rounded once"
+            say(f"Merging the adapters, {how}, changes the model by KL {kl:.1e}.")
 
 
 def checkpoint_files(path: Path) -> tuple[Path, Path, Path]:
@@ -430,17 +442,6 @@ def distillation(teacher: Model, student: Model, ids: Tensor, weight=1.0, compil
     loss = weight * sliced_kl(hidden, target, student.head, teacher.head, compiled)
     loss.backward()
     return loss.detach()
-
-
-@torch.no_grad()
-def merged_kl(student: Model, parts: list[Tensor], unmerged: list[Tensor]) -> float:
-    """KL(unmerged || merged) per token, from what hidden states [B, T, d] were before on `parts`
-    of ids."""
-    kl = [
-        kl_by_position(student.hidden(ids), hidden, student.head, student.head)
-        for ids, hidden in zip(parts, unmerged)
-    ]
-    return max(0.0, float(torch.cat(kl).mean()))  # rounding can make it less
 
 
 # --- what learns -------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ map also takes out what the layers before have left.
 import torch
 from torch import Tensor
 
-from machine import progress
 from model import Block, Model
+from terminal import progress
 
 RIDGE = 1e-2  # lambda, as a share of the mean variance of an input
 BATCH = 4  # sequences that run together

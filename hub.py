@@ -1,33 +1,24 @@
-"""Files in and out: models and text found on disk or on the Hub, JSON and safetensors read and
-written safely.
+"""Files in and out: models found on disk or on the Hub, JSON and safetensors read and written
+safely, and the hashes that tell files and tensors apart.
 
 Everything that can be wrong with a file the user gave becomes an `InputError`: one line that names
 the file or flag and the fix. A file is written under a temporary name and renamed, so it is whole
 or not there.
 """
 
-import codecs
-import glob
-import gzip
 import hashlib
-import itertools
 import json
 import os
 import re
-import sys
-import zlib
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
+from torch import Tensor
 
-C4 = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"  # the text to heal on when none is named
-TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json.gz")
 PARTIAL = ".partial"  # ends the name of a file that is being written
-DOCUMENT = 20_000  # characters of a .txt file's documents at most, some 4,000 tokens
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -111,15 +102,20 @@ def download(function: str, what: str, **arguments) -> str:
 def read_json(path: Path) -> dict:
     """A file that holds one JSON object. Raises InputError where it does not."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes(), path)
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such file; a model has config.json, *.safetensors and tokenizer.json"
         ) from None
+
+
+def parse_json(text: str | bytes, path: Path) -> dict:
+    """One JSON object, found in a file. Raises InputError for anything else."""
+    try:
+        content = json.loads(text if isinstance(text, str) else text.decode())
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, 5,000 digits, too deep
         raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds no JSON object")
+    require(isinstance(content, dict), f"{path}: holds no JSON object")
     return content
 
 
@@ -159,6 +155,9 @@ def save_safetensors(tensors: dict, path: Path, metadata: dict[str, str]) -> Non
     write_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
+# --- hashes ------------------------------------------------------------------------------------
+
+
 def content_hash(tensors: dict, metadata: dict[str, str]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of tensors, and over metadata."""
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
@@ -169,114 +168,23 @@ def content_hash(tensors: dict, metadata: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
-# --- text --------------------------------------------------------------------------------------
+def fingerprint(*tensors: Tensor) -> str:
+    """Twelve hex digits that tell sets of tensors apart, by their shapes and 64 values of each;
+    weights give the same ones in every precision."""
+    digest = hashlib.sha256()
+    for x in tensors:
+        flat = x.detach().flatten()
+        values = flat[:: max(1, flat.numel() // 64)]
+        if x.is_floating_point():
+            values = values.bfloat16()
+        digest.update(str(tuple(x.shape)).encode())
+        digest.update(values.double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
-def read_documents(source: str, flag: str = "--data", encoding: str = "utf-8"):
-    """Yields the texts of `source`: the paragraphs of a .txt file as `read_paragraphs` joins them,
-    the `text` fields of a .jsonl, .jsonl.gz or .json.gz file, those of a folder of such files in
-    the order of their names, but for hidden ones, or of `hub:OWNER/DATASET/FILE`. Raises
-    InputError naming the file, and the line or byte."""
-    kinds = ", ".join(TEXT_SUFFIXES)
-    path = Path(source)
-    if source.startswith("hub:"):
-        owner, dataset, file = (source[4:].split("/", 2) + ["", ""])[:3]
-        require(
-            file.endswith(TEXT_SUFFIXES),
-            f"{flag} {source}: give hub:OWNER/DATASET/FILE, the file one of {kinds}",
-        )
-        where = {"repo_id": f"{owner}/{dataset}", "filename": file, "repo_type": "dataset"}
-        path = Path(download("hf_hub_download", f"{flag} {source}", **where))
-
-    files = [path]
-    if path.is_dir():
-        names = glob.glob("**", root_dir=path, recursive=True)  # leaves hidden ones out
-        files = sorted(path / name for name in names if name.endswith(TEXT_SUFFIXES))
-    require(
-        source and path.exists() and files,
-        f"{flag} {source}: no such file, or a folder without {kinds} files",
-    )
-    for file in files:
-        known = file.name.endswith(TEXT_SUFFIXES)
-        require(known, f"{flag} {file}: give one of {kinds}, or a folder of them")
-        read = read_paragraphs if file.suffix == ".txt" else read_text_fields
-        with open_text(file, f"{flag} {file}", encoding) as lines:
-            yield from read(lines, f"{flag} {file}")
-
-
-@contextmanager
-def open_text(file: Path, where: str, encoding: str):
-    """The lines of a file, unzipped and decoded. What is wrong with its bytes becomes an InputError
-    that begins with `where`."""
-    open_file = gzip.open if file.suffix == ".gz" else open
-    try:
-        with open_file(file, "rt", encoding=encoding) as lines:
-            try:
-                yield lines
-            except UnicodeError:
-                with open_file(file, "rb") as content:
-                    wrong = wrong_encoding(content.read(), encoding)
-                raise InputError(f"{where}: {wrong}") from None
-    except LookupError:
-        raise InputError(f"--encoding {encoding}: unknown; give cp1252, utf-16 or alike") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        kind = "a gzip that was cut short" if isinstance(error, EOFError) else "not a sound gzip"
-        raise InputError(f"{where}: {kind} ({error}); download it again") from None
-
-
-def wrong_encoding(content: bytes, encoding: str) -> str:
-    """Where the bytes stop being `encoding`, and what they probably are."""
-    start = 0
-    try:
-        content.decode(encoding)
-    except UnicodeDecodeError as error:
-        start = error.start
-
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    for likely in ["utf-16"] if is_utf16 else ["utf-8", "cp1252", "latin-1"]:
-        with suppress(UnicodeDecodeError):
-            content.decode(likely)
-            break
-    return (
-        f"byte {start:,} (0x{content[start]:02x}) is not {encoding}; this is probably {likely}: "
-        f"give --encoding {likely}, or save the text as utf-8"
-    )
-
-
-def read_paragraphs(lines, where: str):
-    """The documents of plain text: its paragraphs, which blank lines part, joined while a document
-    has at most DOCUMENT characters. A longer paragraph is cut at white space."""
-    document = ""
-    for blank, group in itertools.groupby(lines, lambda line: not line.strip("\ufeff \t\n")):
-        if blank:
-            continue
-        paragraph = "".join(group).removeprefix("\ufeff").rstrip()
-        if document and len(document) + len(paragraph) > DOCUMENT:
-            yield document
-            document = ""
-        document = f"{document}\n\n{paragraph}" if document else paragraph
-        if len(document) > DOCUMENT:
-            pieces = rf".{{1,{DOCUMENT}}}(?=\s|\Z)|.{{1,{DOCUMENT}}}"
-            *whole, document = map(str.strip, re.findall(pieces, document, re.DOTALL))
-            yield from whole
-    if document:
-        yield document
-
-
-def read_text_fields(lines, where: str):
-    """The `text` field of each line. Lines that are empty, or have none, are counted on stderr."""
-    skipped = 0
-    for number, line in enumerate(lines, 1):
-        try:
-            text = json.loads(line.strip("\ufeff \t\n") or "{}").get("text") or ""
-            if not isinstance(text, str):
-                raise TypeError(f"`text` is {text!r:.20}")
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            wrong = "not a JSON object with a `text` field"
-            raise InputError(f"{where}: line {number}: {wrong} ({error})") from None
-        if text:
-            yield text
-        skipped += not text
-    if skipped and int(os.environ.get("RANK", 0)) == 0:  # one process of torchrun's says so
-        note = f"{where}: skipped {skipped:,} of {number:,} lines, which have no `text`"
-        tqdm.write(note, file=sys.stderr)  # which moves a bar out of the way
+def hash_files(*paths: str | Path) -> str:
+    """Twelve hex digits of what files hold, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()[:12]

@@ -34,18 +34,13 @@ import cpu
 import report
 import scan
 from adapter import load_adapter, read_adapter
-from budget import DECODING, SCANS, Budget, make_budget
+from budget import SCAN_TOKENS, SCANS, Budget, announce, forward_rate, make_budget
 from config import REMOVED, default_window
 from distill import Healing, heal, healing_bytes, tail_names
 from fit import copy_maps, fit_maps
-from hub import C4, InputError, find_model, read_documents, require
+from hub import find_model, fingerprint, hash_files, require
 from kernels import FEATURE_MAPS
 from machine import (
-    MACHINE_FLAGS,
-    Parser,
-    add_flags,
-    at_least,
-    clock,
     gather,
     hold_folder,
     is_main_process,
@@ -53,20 +48,26 @@ from machine import (
     rank_and_world,
     require_disk,
     require_memory,
+    start_process,
+)
+from measure import read_tasks
+from model import Model, convert, load_model, parse_plan, save_model
+from roofline import HARDWARE, measure_hardware
+from terminal import (
+    MACHINE_FLAGS,
+    Parser,
+    add_flags,
+    at_least,
+    clock,
     run_program,
     say,
-    start_process,
     token_count,
     utf8,
 )
-from measure import read_tasks
-from model import Model, cache_bytes, convert, load_model, parse_plan, save_model
-from roofline import HARDWARE, measure_hardware
-from tokenizer import Tokenizer, load_tokenizer, pack_sequences
+from text import C4, ENCODING, TEXT_KINDS, TEXT_TOKENS, fitting_text, read_text
+from tokenizer import Tokenizer, load_tokenizer
 
 LONG_CONTEXT = 4096  # tokens a sequence in the last stage of healing, or all of its positions
-TEXT_TOKENS = 10_000_000  # read to heal on, whatever the budget: a run can go on to a larger one
-
 DAMAGE = 0.2  # that a plan may do where no budget is given
 
 TINY = Path(os.path.relpath(Path(__file__).resolve().parent / "tiny"))
@@ -105,16 +106,13 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     budget = make_budget(model, args, args.batch * args.context, rate)
     args.tokens, args.sequences, args.passkeys = budget.tokens, budget.sequences, budget.passkeys
     settings = healing_settings(model, budget, args)
-    memory, disk = healing_bytes(model, settings)
-    require_memory(memory, args.device, "healing", "give a smaller --context, --batch or --rank")
-    require_disk(disk, out)
-    train, valid = read_text(args, tokenizer, model, settings)
+    train, valid = read_text(args, tokenizer, model.config, settings)
 
     # Scan and plan.
-    fitting = fitting_text(train, budget)
+    fitting = fitting_text(train, budget.fitting, SCAN_TOKENS)
     layers = scan_layers(model, tokenizer, train, fitting, tiers, settings, budget, rate, args)
     plan = args.plan or make_plan(model, layers, tiers, args)
-    say(f"\nPlan: {plan}", *describe_plan(model, plan, tiers, layers, args.measure))
+    say(f"\nPlan: {plan}", *scan.describe_plan(model, plan, tiers, layers, args.measure))
 
     # Convert. `converted` keeps untrained tails of its own; the student's are trained.
     converted = convert(model, plan, **tiers)
@@ -127,11 +125,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     # Heal.
     if not tail_names(student):  # nothing to train alone
         settings = replace(settings, transfer_steps=0, long_share=0.0)
-    transfer, short = settings.transfer_steps, settings.short_steps
-    say(
-        f"\nHeal: {settings.trained_tokens:,} tokens, {transfer} steps of attention transfer, then "
-        f"{short - transfer} of KL distillation, {settings.steps - short} on long sequences."
-    )
+    say(f"\nHeal: {describe_healing(settings)}")
     same = scan.identity_of(model, train, tiers) | {"plan": plan, "dtype": args.dtype}
     watched = valid[: budget.watched]
     curve = heal(model, student, train, watched, settings, out / "healing.safetensors", same)
@@ -146,7 +140,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     sizes = (args.passkeys, budget.recall_lengths)
     measured = out / "evaluation.json"
     figures = report.evaluate(models, model, tokenizer, valid, tasks, *sizes, measured)
-    same["valid"] = scan.fingerprint(valid)
+    same["valid"] = fingerprint(valid)
     seconds = time.monotonic() - started
     report.write_report(figures, curve, settings, args, layers, seconds, same, source)
     for name in ("base", "healed"):
@@ -197,6 +191,7 @@ def check_arguments(model: Model, source: Path, tiers: dict, args) -> None:
         args.planner == "tier" or "keep" in args.limits,
         f"--planner {args.planner}: needs --keep and --drop",
     )
+
     shortest = min(min(prompts) for _, _, prompts in SCANS)
     require(
         "recall" not in args.measure or reach >= shortest,
@@ -211,7 +206,8 @@ def check_arguments(model: Model, source: Path, tiers: dict, args) -> None:
 
 
 def healing_settings(model: Model, budget: Budget, args) -> Healing:
-    return Healing(
+    """Raises InputError where memory or disk are too small for them."""
+    settings = Healing(
         budget.tokens,
         rank=args.rank,
         lr=args.lr,
@@ -222,6 +218,10 @@ def healing_settings(model: Model, budget: Budget, args) -> Healing:
         validations=budget.validations,
         compile=bool(args.compile),
     )
+    memory, disk = healing_bytes(model, settings)
+    require_memory(memory, args.device, "healing", "give a smaller --context, --batch or --rank")
+    require_disk(disk, Path(args.out))
+    return settings
 
 
 def scan_layers(
@@ -231,24 +231,10 @@ def scan_layers(
     scanned where the plan is stated. Says first what the whole run will do."""
     n = len(model.layers)
     count, longest = budget.calibration
-    calibration = train.flatten().unfold(0, longest, longest)[:count]
-    same = scan.identity_of(model, train.flatten()[: budget.context], tiers)
-    if not args.scan:  # it can be gone on with, under the same sizes
-        same["sizes"] = f"{count} x {longest} tokens, passkeys {budget.prompts}"
-    if "task" in args.measure:
-        same["task file"] = scan.hash_file(args.tasks[0])
-
-    layers = []
-    path = Path(args.scan or Path(args.out) / "scan.json")
-    if path.exists() and (args.scan or args.plan is None):
-        layers = scan.check_scan(path, same, args.measure, n)
+    path, same, layers = earlier_scan(model, train, tiers, budget, args)
     scanned = scan.count_trials(layers) // len(scan.TRIALS)
-    require(
-        not args.scan or scanned == n,
-        f"--scan {args.scan}: holds {scanned} of {n} layers; repeat the command that makes it",
-    )
 
-    announce(model, args, settings, budget, rate, scanned)
+    announce(model, budget, rate, scanned, settings.trained_tokens, args)
     if args.compile:
         model.compiled_shapes |= {(min(2, count), longest), (settings.together, settings.context)}
     if args.plan:
@@ -259,17 +245,44 @@ def scan_layers(
 
     resumed = f"resumed at layer {scanned} of {n}, from {path}" if layers else f"{n} layers"
     say(f"\nScan: one layer at a time, {resumed}.")
-    work = budget.scan_work(*budget.scan_size, scanned)
     start = time.monotonic()
+    calibration = train.flatten().unfold(0, longest, longest)[:count]
     probes = scan.make_probes(
         model, tokenizer, args.measure, calibration, train, budget.prompts, args.tasks
     )
     layers = scan.scan(model, probes, tiers, path, same, layers, fitting)
-    seconds = time.monotonic() - start
+
+    work = budget.scan_work(*budget.scan_size, scanned)
     if work:
+        seconds = time.monotonic() - start
         left = (budget.total - budget.scan) * seconds / work
         say(f"The scan took {clock(seconds)}; by its speed the rest takes about {clock(left)}.\n")
     return layers
+
+
+def earlier_scan(
+    model: Model, train: Tensor, tiers: dict, budget: Budget, args
+) -> tuple[Path, dict, list[dict]]:
+    """The file of this run's scan, the identity that it has to have, and the layers in it. Raises
+    InputError for a --scan that does not fit or is not whole."""
+    n = len(model.layers)
+    same = scan.identity_of(model, train.flatten()[: budget.context], tiers)
+    if not args.scan:  # it can be gone on with, under the same sizes
+        count, longest = budget.calibration
+        same["sizes"] = f"{count} x {longest} tokens, passkeys {budget.prompts}"
+    if "task" in args.measure:
+        same["task file"] = hash_files(args.tasks[0])
+
+    layers = []
+    path = Path(args.scan or Path(args.out) / "scan.json")
+    if path.exists() and (args.scan or args.plan is None):
+        layers = scan.check_scan(path, same, args.measure, n)
+    scanned = scan.count_trials(layers) // len(scan.TRIALS)
+    require(
+        not args.scan or scanned == n,
+        f"--scan {args.scan}: holds {scanned} of {n} layers; repeat the command that makes it",
+    )
+    return path, same, layers
 
 
 def make_plan(model: Model, layers: list[dict], tiers: dict, args) -> str:
@@ -291,129 +304,15 @@ def make_plan(model: Model, layers: list[dict], tiers: dict, args) -> str:
     return plan
 
 
-def fitting_text(train: Tensor, budget: Budget) -> Tensor:
-    """Training sequences that linear maps are fitted on: the same for every --tokens, since a run
-    that goes on to more of them must go on with its maps; where there are enough, after all that a
-    scan may judge them on."""
-    count = min(max(1, budget.fitting // train.shape[1]), len(train))
-    sequences, tokens, _ = SCANS[-1]
-    first = sequences * tokens // train.shape[1] + 1
-    return train[min(first, len(train) - count) :][:count]
-
-
-def read_text(args, tokenizer: Tokenizer, model: Model, settings: Healing) -> tuple[Tensor, Tensor]:
-    """Training and validation sequences [N, context]. Without --valid the end of --data is held
-    out. Raises InputError, with how much there is and how much is missing, for too little text."""
-    eos = model.config.eos_token_ids
-    longest = min(report.CONTEXT, model.config.max_position_embeddings)
-    needed = args.sequences * longest
-    documents = read_documents(args.data, "--data", args.encoding)
-    if args.valid:
-        held_out = read_documents(args.valid, "--valid", args.encoding)
-    else:
-        documents, held_out = hold_out(list(documents), tokenizer, longest)
-
-    valid = pack_sequences(held_out, tokenizer, eos, longest, needed)
-    wanted = max(settings.trained_tokens, TEXT_TOKENS)
-    train = pack_sequences(documents, tokenizer, eos, settings.context, wanted)
-
-    missing = {
-        "--data": max(0, settings.long_context - train.numel()),
-        "--valid": max(0, longest - valid.numel()),
-    }
-    if not args.valid:
-        missing["--data"] += missing.pop("--valid")
-    for flag, source in (("--data", args.data), ("--valid", args.valid)):
-        if missing.get(flag):  # counted again, with what filled no sequence
-            text = read_documents(source, flag, args.encoding)
-            there = pack_sequences(text, tokenizer, eos, 1).numel()
-            size = f"it has {there:,} tokens, {there + missing[flag]:,} are needed"
-            raise InputError(f"{flag} {source}: too little text: {size}; give more")
-    return train, valid
-
-
-def hold_out(documents: list[str], tokenizer: Tokenizer, least: int) -> tuple[list[str], list[str]]:
-    """Splits off the last twentieth of the characters, but no fewer than `least` tokens take: whole
-    documents, the first of them cut where it is more than twice what is missing."""
-    sample = "".join(documents[-20:])[-20_000:]
-    size = len(sample) / max(1, len(tokenizer.encode(sample)))  # characters of a token
-    missing = max(sum(map(len, documents)) // 20, int(1.25 * least * size))
-    held_out: list[str] = []
-    while documents and missing > 0:
-        document = documents.pop()
-        if len(document) > 2 * missing:
-            documents.append(document[:-missing])
-            document = document[-missing:]
-        held_out.append(document)
-        missing -= len(document)
-    return documents, held_out
-
-
 # --- what the terminal shows -------------------------------------------------------------------
 
 
-def announce(
-    model: Model, args, settings: Healing, budget: Budget, rate: float, scanned: int
-) -> None:
-    """What is going to happen, and about how long it takes here. rate: work a second, as budget.py
-    counts it; scanned: layers that an earlier run has measured."""
-    n = len(model.layers)
-    ((name, limit),) = args.limits.items()
-    kept = f"that keeps {args.keep} layers, drops {args.drop}"
-    if name != "keep":
-        kept = f"of {name} {limit:g}"
-    if args.plan:
-        first = f"1. plan      {args.plan}, as given"
-    elif scanned == n:
-        first = f"1. plan      one {kept}, from a scan made before"
-    else:
-        scanning = budget.scan_work(*budget.scan_size, scanned)
-        first = f"1. scan      {2 * (n - scanned)} trials"
-        first += f", then a plan {kept}   about {clock(scanning / rate)}"
-    healing = clock((budget.healing + budget.validation) / rate)
-    evaluation = clock((budget.evaluation + DECODING) / rate)
-    watched = f"{budget.validations} validations on {budget.watched * budget.context:,} tokens"
-    text = f"{budget.sequences * budget.context:,} tokens"
-    passkeys = f"{budget.passkeys} passkeys at each length to {budget.recall_lengths[-1]:,}"
-
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    say(
-        f"{args.model}: {n} layers, {parameters:.1f}M parameters, {args.dtype} on {args.device}; "
-        f"a forward pass runs at {rate:,.0f} tokens/s here",
-        first,
-        f"2. heal      {settings.trained_tokens:,} tokens, {watched}   about {healing}",
-        f"3. evaluate  three models on {text} and {passkeys}   about {evaluation}"
-        + (" and the task files" if args.tasks else ""),
-        f"All goes to {args.out}. Ctrl-C is safe: the same command goes on where it stopped.",
+def describe_healing(settings: Healing) -> str:
+    transfer, short = settings.transfer_steps, settings.short_steps
+    return (
+        f"{settings.trained_tokens:,} tokens, {transfer} steps of attention transfer, then "
+        f"{short - transfer} of KL distillation, {settings.steps - short} on long sequences."
     )
-
-
-def forward_rate(model: Model, tokens: int = 1024) -> float:
-    """Tokens a second of a forward pass, from the second of two."""
-    tokens = min(tokens, model.config.max_position_embeddings)
-    ids = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
-    with torch.inference_mode():
-        float(model.hidden(ids).sum())
-        start = time.perf_counter()
-        float(model.hidden(ids).sum())
-    return tokens / (time.perf_counter() - start)
-
-
-def describe_plan(model: Model, plan: str, tiers: dict, layers: list[dict], measures: list[str]):
-    """What a plan is predicted to cost before healing, where there is a scan, and what it saves."""
-    lines = []
-    if layers:
-        changed = [(row[tier], tier) for row, tier in zip(layers, plan) if tier != "S"]
-        sums = [f"{name} {sum(row[name] for row, _ in changed):.3f}" for name in measures]
-        lines.append(f"  predicted before healing, as the sum over its layers: {', '.join(sums)}")
-
-    before = cache_bytes(model, 8192) / 2**20
-    after = cache_bytes(convert(model, plan, **tiers), 8192) / 2**20
-    lines.append(
-        f"  {plan.count('S')} softmax, {plan.count('L')} sliding-window linear, {plan.count('X')} "
-        f"removed; cache of a sequence at 8k tokens {after:.1f} MiB, was {before:.1f} MiB"
-    )
-    return lines
 
 
 def say_what_next(args) -> None:
@@ -453,9 +352,9 @@ FLAGS = {
         "out": (str, None, "folder for the model, scan.json and report.json [out/<model name>]"),
     },
     "text": {
-        "data": (str, C4, f"to heal on: {report.TEXT_KINDS}"),
+        "data": (str, C4, f"to heal on: {TEXT_KINDS}"),
         "valid": (str, None, "to evaluate on [the last twentieth of --data, held out]"),
-        "encoding": report.ENCODING,
+        "encoding": ENCODING,
         "sequences": (at_least(1), None, "of 1,024 tokens, to evaluate on [2 to 32, by --tokens]"),
         "passkeys": (
             at_least(1, int, 10_000),

@@ -42,8 +42,8 @@ from torch.nn.utils.rnn import pad_sequence
 from attention import linear
 from hub import require
 from kernels import logit_kl, slice_rows
-from machine import progress, say
 from model import Model
+from terminal import progress, say
 from tokenizer import Tokenizer
 
 TEXT_BATCH = 4  # sequences that are read together

@@ -23,25 +23,15 @@ import measure
 from bench import decode_times, format_table
 from distill import Healing, healed_tokens
 from engine import Engine
-from hub import C4, DOCUMENT, InputError, read_documents, read_json, require, write_json, write_text
-from machine import (
-    MACHINE_FLAGS,
-    Parser,
-    add_flags,
-    at_least,
-    environment,
-    pick_device,
-    pick_dtype,
-    run_program,
-    say,
-    visible,
-)
+from hub import InputError, fingerprint, hash_files, read_json, require, write_json, write_text
+from machine import environment, pick_device, pick_dtype
 from model import Model, cache_bytes, load_model
-from scan import TRIALS, count_trials, fingerprint, hash_file, read_scan
-from tokenizer import Tokenizer, load_tokenizer, pack_sequences
+from scan import TRIALS, count_trials, read_scan
+from terminal import MACHINE_FLAGS, Parser, add_flags, at_least, run_program, say, visible
+from text import C4, CONTEXT, ENCODING, TEXT_KINDS, pack_sequences, read_documents
+from tokenizer import Tokenizer, load_tokenizer
 
 NOT_REPEATED = ("out", "split", "limits", "minutes", "repeat", "prompt", "chat", "adapter")
-CONTEXT = 1024  # tokens of a sequence, and that each holds where decoding is timed
 DECODED = 32  # sequences that are decoded together
 
 
@@ -184,6 +174,33 @@ def write_report(
     """report.json, report.md, which the terminal shows too, and README.md, the same as a model
     card, into args.out. `report` is what `evaluate` gives for base, converted and healed, `layers`
     the scan, `hashes` those of what went in, `source` the folder of the original."""
+    text = report_text(report, curve, settings, seconds, args)
+    weights = Path(args.out) / "model.safetensors"
+    body = {
+        **report,
+        "plan": report["healed"]["plan"],
+        "healing": {"settings": asdict(settings), **curve},
+        "scan": layers,
+        "command": vars(args),
+        "run": environment(args.device)
+        | hashes
+        | {"seed": args.seed, "healed": hash_files(weights)},
+        "seconds": round(seconds, 1),
+    }
+    before = read_json(Path(args.repeat))["run"] if args.repeat else body["run"]
+    write_json(Path(args.out) / "report.json", body)
+    write_text(Path(args.out) / "report.md", text.lstrip())
+    write_text(Path(args.out) / "README.md", model_card(report, text, args, source))
+    say(text)
+    if args.repeat:
+        other = []
+        for name, x in body["run"].items():
+            other += [f"{name} {x}, was {before.get(name)}"] * (before.get(name) != x)
+        say(f"Beside {args.repeat}: {'; '.join(other) or 'the same healed weights, bit for bit'}.")
+
+
+def report_text(report: dict, curve: dict, settings: Healing, seconds: float, args) -> str:
+    """The report in Markdown: plan, table, what its rows are, healing's validations."""
     healed, converted = report["healed"], report["converted"]
     plan = healed["plan"]
     instead = "a linear map instead" if args.removed == "linear" else "no attention"
@@ -191,7 +208,7 @@ def write_report(
     sequences, context = healed["text"]
     watched = curve["sequences"] * context
     where = args.valid or f"what is held out of {args.data}"
-    text = f"""
+    return f"""
 # {Path(args.model).name}, boosted
 
 Plan `{plan}`: of {len(plan)} layers, {plan.count("S")} keep softmax attention (S),
@@ -213,28 +230,6 @@ It differs from the table's since it is on the first {watched:,} of these tokens
 KL {converted["kl"]:.4f} -> {healed["kl"]:.4f},
 agreement {converted["agreement"]:.1%} -> {healed["agreement"]:.1%}; {seconds / 60:.1f} min in all.
 """
-    weights = Path(args.out) / "model.safetensors"
-    body = {
-        **report,
-        "plan": plan,
-        "healing": {"settings": asdict(settings), **curve},
-        "scan": layers,
-        "command": vars(args),
-        "run": environment(args.device)
-        | hashes
-        | {"seed": args.seed, "healed": hash_file(weights)},
-        "seconds": round(seconds, 1),
-    }
-    before = read_json(Path(args.repeat))["run"] if args.repeat else body["run"]
-    write_json(Path(args.out) / "report.json", body)
-    write_text(Path(args.out) / "report.md", text.lstrip())
-    write_text(Path(args.out) / "README.md", model_card(report, text, args, source))
-    say(text)
-    if args.repeat:
-        other = []
-        for name, x in body["run"].items():
-            other += [f"{name} {x}, was {before.get(name)}"] * (before.get(name) != x)
-        say(f"Beside {args.repeat}: {'; '.join(other) or 'the same healed weights, bit for bit'}.")
 
 
 def recorded_flags(path: str, parser: argparse.ArgumentParser) -> list[str]:
@@ -353,11 +348,6 @@ def continuation(model: Model, tokenizer: Tokenizer, valid: Tensor) -> str:
 # --- command line ------------------------------------------------------------------------------
 
 
-TEXT_KINDS = (
-    f".txt (blank lines part paragraphs, joined to documents of up to {DOCUMENT:,} characters and "
-    "cut there), .jsonl, .jsonl.gz, a folder of them, or hub:DATASET/FILE"
-)
-ENCODING = (str, "utf-8", "of the text, as cp1252 or utf-16")
 FLAGS = {
     "model": {"base": (str, None, "the original to compare with [none]")},
     "text": {

@@ -19,7 +19,6 @@ cache, so a budget of any of the three picks one. `plan_paper` ranks layers by t
 (arXiv 2604.22050).
 """
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,8 +30,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fit import BATCH, fit_map
-from hub import read_json, require, write_json
-from machine import Diverged, gather, progress, rank_and_world, say
+from hub import fingerprint, read_json, require, write_json
+from machine import Diverged, gather, rank_and_world
 from measure import (
     hidden_states,
     kl_by_position,
@@ -44,8 +43,9 @@ from measure import (
     task_accuracy,
     task_prompts,
 )
-from model import Model, convert
+from model import Model, cache_bytes, convert
 from roofline import floor_seconds, plan_costs
+from terminal import progress, say
 from tokenizer import Tokenizer
 
 TASK_ITEMS = 100  # of the first question file, of the task measure
@@ -293,25 +293,6 @@ def identity_of(model: Model, text: Tensor, tiers: dict) -> dict:
     return {"model": fingerprint(*model.parameters()), "data": fingerprint(text), **tiers}
 
 
-def fingerprint(*tensors: Tensor) -> str:
-    """Twelve hex digits that tell sets of tensors apart, by their shapes and 64 values of each;
-    weights give the same ones in every precision."""
-    digest = hashlib.sha256()
-    for x in tensors:
-        flat = x.detach().flatten()
-        values = flat[:: max(1, flat.numel() // 64)]
-        if x.is_floating_point():
-            values = values.bfloat16()
-        digest.update(str(tuple(x.shape)).encode())
-        digest.update(values.double().cpu().numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
-def hash_file(path: str) -> str:
-    """Twelve hex digits of a file's content."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-
-
 # --- planners ----------------------------------------------------------------------------------
 
 
@@ -461,3 +442,22 @@ def frontier_chart(choices: list[Choice], chosen: str, title: str) -> str:
         line = f"{choice.speedup:7.2f} {choice.cache:6.2f} {letters} {choice.damage:8.3f}  {bar}"
         lines.append(line + mark)
     return "\n".join(lines)
+
+
+def describe_plan(
+    model: Model, plan: str, tiers: dict, layers: list[dict], measures: list[str]
+) -> list[str]:
+    """What a plan is predicted to cost before healing, where there is a scan, and what it saves."""
+    lines = []
+    if layers:
+        changed = [(row[tier], tier) for row, tier in zip(layers, plan) if tier != "S"]
+        sums = [f"{name} {sum(row[name] for row, _ in changed):.3f}" for name in measures]
+        lines.append(f"  predicted before healing, as the sum over its layers: {', '.join(sums)}")
+
+    before = cache_bytes(model, 8192) / 2**20
+    after = cache_bytes(convert(model, plan, **tiers), 8192) / 2**20
+    lines.append(
+        f"  {plan.count('S')} softmax, {plan.count('L')} sliding-window linear, {plan.count('X')} "
+        f"removed; cache of a sequence at 8k tokens {after:.1f} MiB, was {before:.1f} MiB"
+    )
+    return lines

@@ -52,13 +52,13 @@ import roofline
 import scan as scan_module
 from adapter import LoRALinear, add_adapters, load_adapter, merge_adapters
 from attention import SoftmaxAttention, WindowLinearAttention, linear
-from budget import Budget, make_budget
+from budget import SCAN_TOKENS, Budget, make_budget
 from config import read_config
 from conftest import GOLDEN, TIERS, boosted, needs_cpp, short_run, write_model
 from engine import Engine, Request, move_sequences, prefill
 from fit import Moments, fit_maps
 from golden.make_golden import CHATS, CONFIGS, MESSAGES, NASTY, SMALL, golden_ids, write_chat
-from hub import InputError, read_documents
+from hub import InputError, fingerprint
 from kernels import Past, feature_map, naive_window_linear_attention
 from model import (
     Model,
@@ -70,7 +70,8 @@ from model import (
     save_model,
 )
 from ranks import spearman
-from tokenizer import Tokenizer, pack_sequences
+from text import fitting_text, hold_out, pack_sequences, read_documents, read_text
+from tokenizer import Tokenizer
 
 near = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
@@ -1001,7 +1002,7 @@ def test_maps_are_the_same_for_every_budget():
     """A run that goes on to more tokens goes on with adapters that were trained on its maps."""
     train = torch.arange(200_000 // 512 * 512).view(-1, 512)
     parts = [
-        layerboost.fitting_text(train, a_budget(tokens, inputs=576, removes=True))
+        fitting_text(train, a_budget(tokens, inputs=576, removes=True).fitting, SCAN_TOKENS)
         for tokens in (8_000, 36_000, 10**7)
     ]
     assert parts[0].numel() == 28 * 576 // 512 * 512 and parts[0].min() >= 4 * 2048
@@ -1401,11 +1402,11 @@ def test_spearman():
 
 def test_a_fingerprint_tells_weights_apart_and_not_their_precision(llama):
     def mark(dtype):
-        return scan_module.fingerprint(*load_model(str(llama), dtype=dtype).parameters())
+        return fingerprint(*load_model(str(llama), dtype=dtype).parameters())
 
     assert mark(torch.float32) == mark(torch.bfloat16)
     ids, other = torch.tensor([1000]), torch.tensor([1001])
-    assert scan_module.fingerprint(ids) != scan_module.fingerprint(other)  # ids are not rounded
+    assert fingerprint(ids) != fingerprint(other)  # ids are not rounded
 
 
 # --- the budget ----------------------------------------------------------------------------------
@@ -2385,7 +2386,7 @@ def test_a_text_file_alone_is_enough(llama, tmp_path):
     for sentences, tokens in ((400, 512), (6000, 3000)):
         path.write_text(" ".join(f"This is sentence {i}." for i in range(sentences)))
         whole = next(read_documents(str(path)))
-        train, valid = layerboost.read_text(args, tokenizer, model, settings)
+        train, valid = read_text(args, tokenizer, model.config, settings)
         assert tokens <= valid.numel() < 1.4 * tokens
         assert tokenizer.decode(train[0]) == whole[: len(tokenizer.decode(train[0]))]
         assert f" {sentences - 1}." not in tokenizer.decode(train.flatten())
@@ -2394,10 +2395,10 @@ def test_a_text_file_alone_is_enough(llama, tmp_path):
 def test_the_end_of_the_text_is_held_out_in_whole_documents(llama):
     tokenizer = load_tokenizer(str(llama))
     documents = [f"{i} " * 500 for i in range(100, 200)]
-    train, valid = layerboost.hold_out(list(documents), tokenizer, 1)
+    train, valid = hold_out(list(documents), tokenizer, 1)
     assert train + valid[::-1] == documents and len(valid) == 5
     whole = "".join(documents)
-    (begin,), (end,) = layerboost.hold_out([whole], tokenizer, 1)
+    (begin,), (end,) = hold_out([whole], tokenizer, 1)
     assert begin + end == whole and len(end) == len(whole) // 20
 
 
@@ -2406,7 +2407,7 @@ def test_without_validation_text_the_last_documents_are_held_out(llama, text):
     args = layerboost.parse_arguments(flags)
     tokenizer = load_tokenizer(str(llama))
     settings = distill.Healing(tokens=10**6)
-    train, valid = layerboost.read_text(args, tokenizer, load_model(str(llama)), settings)
+    train, valid = read_text(args, tokenizer, read_config(llama), settings)
     documents = list(read_documents(str(text)))
     assert valid.flatten()[:50].tolist() == tokenizer.encode(documents[-1])[:50]
     assert train.flatten()[:50].tolist() == tokenizer.encode(documents[0])[:50]

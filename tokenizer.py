@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from hub import InputError, find_model, read_json
-from machine import progress
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 BLANK = "▁"  # a space, in vocabularies of the SentencePiece kind
@@ -361,23 +360,3 @@ def merge(ids: list[int], ranks: dict[tuple[int, int], int], merged: list[int]) 
 def load_tokenizer(path_or_hub_id: str) -> Tokenizer:
     """The tokenizer of a model folder or Hub id. Raises InputError for an unsupported kind."""
     return Tokenizer(find_model(path_or_hub_id))
-
-
-def pack_sequences(
-    documents, tokenizer: Tokenizer, eos: tuple[int, ...], context: int, tokens: int | None = None
-) -> Tensor:
-    """Joins documents, an end-of-text token after each, and cuts them into sequences: [N, context]
-    int64, at most `tokens` tokens in all (rounded up to whole sequences). The rest is dropped."""
-    wanted = math.inf if tokens is None else -(-tokens // context) * context
-    ids: list[int] = []
-    desc = "reading text" if tokens is None else f"reading text, at most {tokens:,} tokens"
-    with progress(desc=desc, unit="tok", unit_scale=True) as bar:
-        for text in documents:
-            before = len(ids)
-            ids += tokenizer.encode(text) + list(eos[:1])
-            bar.update(len(ids) - before)
-            if len(ids) >= wanted:
-                break
-
-    count = int(min(len(ids), wanted)) // context
-    return torch.tensor(ids[: count * context], dtype=torch.int64).view(count, context)

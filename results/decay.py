@@ -33,10 +33,10 @@ from torch import Tensor, nn
 import kernels
 from adapter import load_adapter
 from distill import Healing, Optimizer, distillation, tail_names
-from hub import read_documents
 from model import Model, load_model
 from tail import EDGES, compare
-from tokenizer import load_tokenizer, pack_sequences
+from text import pack_sequences, read_documents
+from tokenizer import load_tokenizer
 
 FADES_FROM = {"length": 1024, "beyond": 4096}
 TRAIN_CONTEXT = 4096

@@ -27,8 +27,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distill  # noqa: E402
 import layerboost  # noqa: E402
-import machine  # noqa: E402
 import report  # noqa: E402
+import terminal  # noqa: E402
 
 SMALL = "--tokens 4k --context 128 --measure kl --sequences 2 --dtype float32 --device cpu".split()
 
@@ -120,7 +120,7 @@ def main(count: int, flags: list[str], folder: Path) -> int:
     whole = folder / "whole"
     with redirect_stdout(io.StringIO()):  # in this process, so that all is imported
         assert layerboost.main([*flags, "--out", str(whole)]) == 0
-    time.sleep(2 * machine.BEAT_SECONDS)  # until its bars' threads are gone: a fork has no threads
+    time.sleep(2 * terminal.BEAT_SECONDS)  # until its bars' threads are gone: a fork has no threads
     start = time.monotonic()
     code, line = run(folder / "again", flags)
     seconds = time.monotonic() - start

@@ -19,14 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from distill import Healing, heal
-from hub import read_documents, write_json
+from hub import fingerprint, write_json
 from kernels import feature_size
-from layerboost import token_count
 from measure import passkey_recall
 from model import Model, convert, load_model
-from scan import fingerprint
 from tail import by_position, compare
-from tokenizer import load_tokenizer, pack_sequences
+from terminal import token_count
+from text import pack_sequences, read_documents
+from tokenizer import load_tokenizer
 
 PLAN = "LLLLSLLLSLLLLLLSLLSLSSSSLLLLLL"  # results/smollm2-200k/scan.json, --keep 8 --drop 0
 EDGES = (0, 512, 1024, 2048, 4096, 8192)

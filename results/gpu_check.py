@@ -44,11 +44,11 @@ import kernels
 import roofline
 from attention import SoftmaxAttention, WindowLinearAttention
 from engine import Engine, Request, prefill, record
-from hub import read_documents
 from measure import quantile
 from model import Model, convert, load_model
 from shapes import build_shape
-from tokenizer import load_tokenizer, pack_sequences
+from text import pack_sequences, read_documents
+from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 530  # seconds in all

@@ -31,12 +31,12 @@ from distill import (
     merge_adapters,
     tail_names,
 )
-from hub import read_documents
 from kernels import sliced_kl, swiglu
-from layerboost import token_count
 from measure import compare_by_position, passkey_recall, quantile
 from model import Model, convert, load_model
-from tokenizer import load_tokenizer, pack_sequences
+from terminal import token_count
+from text import pack_sequences, read_documents
+from tokenizer import load_tokenizer
 
 TRANSFER_RATE = 1e-2
 

@@ -20,7 +20,6 @@ import torch
 from bench import add_gains, counts, print_figures
 from config import parse_plan
 from hub import require
-from machine import run_program
 from model import Model, convert, load_model
 from roofline import (
     HARDWARE,
@@ -32,6 +31,7 @@ from roofline import (
     step_costs,
 )
 from shapes import SHAPES, build_shape
+from terminal import run_program
 
 MEMORY = {"a10": 24e9, "h100": 80e9}  # bytes
 

@@ -24,10 +24,10 @@ from torch import Tensor
 import cpu
 import kernels
 from bench import format_table
-from hub import read_documents
 from measure import RECALL_DEPTHS, compare_by_position, passkey_recall
 from model import Model, load_model
-from tokenizer import load_tokenizer, pack_sequences
+from text import pack_sequences, read_documents
+from tokenizer import load_tokenizer
 
 EDGES = (0, 1024, 2048, 4096, 8192)
 

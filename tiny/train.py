@@ -28,11 +28,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import read_config
-from hub import open_safetensors, read_documents, save_safetensors, write_file
+from hub import open_safetensors, save_safetensors, write_file
 from kernels import apply_rotary
 from measure import passkey_prompts, passkey_recall, text_quality
 from model import Model, save_model
-from tokenizer import Tokenizer, load_tokenizer, pack_sequences
+from text import pack_sequences, read_documents
+from tokenizer import Tokenizer, load_tokenizer
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

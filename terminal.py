@@ -1,0 +1,239 @@
+"""What a person sees and types: lines, bars, flags, Ctrl-C, and how the program ends."""
+
+import argparse
+import io
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from hub import InputError
+from machine import Diverged, ProcessLost, is_main_process, release_folders
+
+BEAT_SECONDS = 2  # between two moves of a bar's clock
+LINE_SECONDS = 30  # between two lines where stderr is no terminal
+
+# --- lines and bars ----------------------------------------------------------------------------
+
+
+def say(*lines) -> None:
+    """Prints on the main process alone, at once, between the bars."""
+    if is_main_process():
+        with tqdm.external_write_mode():
+            print(*lines, sep="\n", flush=True)
+
+
+def visible(text: str) -> str:
+    """Text with its control characters written out, but for line breaks and tabs: what a model
+    writes cannot move the cursor, or set the title, of a terminal."""
+    return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
+
+
+def clock(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def progress(*iterable, **options) -> tqdm:
+    """A tqdm bar on the main process alone, lines where stderr is no terminal. Its clock moves
+    within a long step, too. The time left is by the average rate since the start, which counts
+    pauses in, such as validation."""
+    kind = tqdm if sys.stderr.isatty() else Lines
+    bar = kind(*iterable, disable=not is_main_process(), leave=False, smoothing=0, **options)
+    if not bar.disable:
+        threading.Thread(target=keep_moving, args=(bar,), daemon=True).start()
+    return bar
+
+
+class Lines(tqdm):
+    """What stands for bars in a file or a pipe: one line every LINE_SECONDS, of whichever moves."""
+
+    last = time.monotonic()
+
+    def display(self, msg=None, pos=None):
+        if msg is None and time.monotonic() - Lines.last >= LINE_SECONDS:
+            Lines.last = time.monotonic()
+            print(self, file=sys.stderr, flush=True)
+
+    def clear(self, nolock=False):
+        """A line stays."""
+
+
+def keep_moving(bar: tqdm) -> None:
+    while not bar.disable:  # as it is once closed
+        time.sleep(BEAT_SECONDS)
+        with bar.get_lock():
+            bar.refresh(nolock=True)
+
+
+# --- the program and how it ends ---------------------------------------------------------------
+
+
+def run_program(name: str, run, kept=lambda: "") -> int:
+    """Calls run(). Returns its exit code: 0 done, 1 diverged or without one of its processes, 2 bad
+    input, 130 stopped by Ctrl-C, 141 when whoever reads the output has left. But for 0 and 141, one
+    line on stderr says why, and of a run that could have gone on, kept() what is left of it.
+    Characters that the terminal's encoding lacks are shown as question marks."""
+    code, message = 0, ""
+    speaks = is_main_process()
+    mend_streams()
+    try:
+        with interrupts(signal.default_int_handler):
+            run()
+            sys.stdout.flush()
+    except InputError as error:
+        code, message = 2, str(error)
+    except BrokenPipeError:  # as of `| head`
+        code = 141
+        drop_broken_pipes()
+    except OSError as error:
+        code, message = 2, f"{error.filename or '--out'}: {error.strerror or error}"
+    except Diverged as error:
+        code, message = 1, str(error)
+    except ProcessLost as error:  # maybe the main one
+        code, message, speaks = 1, str(error), True
+    except KeyboardInterrupt:
+        code, message = 130, "stopped"
+
+    with interrupts(signal.SIG_IGN):  # a second one, too, ends in this line
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if message and speaks:
+            left = last_words(kept) if code != 2 else ""
+            try:
+                print(visible(f"{name}: {message}{left}"), file=sys.stderr, flush=True)
+            except BrokenPipeError:
+                drop_broken_pipes()
+        release_folders()
+    return code
+
+
+def mend_streams() -> None:
+    """Those that were closed lead nowhere, and none fails for a character that it cannot show."""
+    sys.stdin = sys.stdin or open(os.devnull)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def drop_broken_pipes() -> None:
+    """What is flushed at exit goes nowhere, or would fail again."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def last_words(kept) -> str:
+    try:
+        return kept()
+    except InputError as error:  # a file that it reads is damaged
+        return f"; {error}"
+
+
+@contextmanager
+def interrupts(handler):
+    """What Ctrl-C does meanwhile."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class Interrupt:
+    """Turns the first Ctrl-C into a request to stop after this step; a second one stops at once."""
+
+    asked = False
+
+    def __enter__(self):
+        self.previous = signal.signal(signal.SIGINT, self.ask)
+        return self
+
+    def __exit__(self, *error):
+        signal.signal(signal.SIGINT, self.previous)
+
+    def ask(self, *_):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        say("\nstopping after this step ...")
+
+
+# --- flags -------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are one line, as all others."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog.removesuffix('.py')}: {message}\n")
+
+
+def add_flags(parser: argparse.ArgumentParser, groups: dict[str, dict]) -> None:
+    """groups: {title: {name: (kind, default, help)}}. kind is a type, or the values to choose from;
+    `list` takes several values, `bool` none (--name, --no-name)."""
+    special = {list: {"nargs": "+"}, bool: {"action": argparse.BooleanOptionalAction}}
+    for title, flags in groups.items():
+        group = parser.add_argument_group(title)
+        for name, (kind, default, help) in flags.items():
+            options = special.get(kind, {"type": kind})
+            if isinstance(kind, tuple):
+                options = {"choices": kind}
+            if default is not None and kind not in special:
+                help += " [%(default)s]"
+            group.add_argument(f"--{name}", default=default, help=help, **options)
+
+
+def at_least(least, kind=int, most=math.inf):
+    """An argparse type: a number that is `least` or more, and `most` at most."""
+
+    def number(text: str):
+        value = kind(text)
+        if not least <= value <= most:
+            limit = "or more" if most == math.inf else f"to {most}"
+            raise argparse.ArgumentTypeError(f"{text} is not {least} {limit}")
+        return value
+
+    return number
+
+
+def token_count(text: str) -> int:
+    """200k, 10M or a plain number."""
+    scale = {"k": 1e3, "m": 1e6}.get(text[-1:].lower())
+    try:
+        count = int(float(text[:-1]) * scale) if scale else int(text)
+        if count > 0:
+            return count
+        raise ValueError
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of tokens; write 200k, 10M or 4096"
+        ) from None
+
+
+def utf8(text: str) -> str:
+    """An argparse type: text. Of bytes that the locale lacks Python makes lone surrogates."""
+    try:
+        return os.fsencode(text).decode() if re.search("[\ud800-\udfff]", text) else text
+    except UnicodeError:
+        raise argparse.ArgumentTypeError("is not UTF-8; write it in UTF-8") from None
+
+
+MACHINE_FLAGS = {
+    "device": (str, None, "cpu or cuda [the GPU where there is one]"),
+    "dtype": (("bfloat16", "float32"), None, "of weights [bfloat16 where the processor has it]"),
+}
