@@ -1376,6 +1376,7 @@ def exit_chat():
     [
         (lambda path: path.write_bytes(b"text"), "cannot be read as safetensors"),
         (lambda path: save_file({"a": torch.ones(1)}, path), "is no adapter of this program"),
+        (lambda path: save_file({"a": torch.ones(1)}, path, {"layerboost": "{"}), "not valid JSON"),
         (lambda path: path.unlink(), "cannot be read as safetensors"),
     ],
 )
