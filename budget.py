@@ -25,13 +25,14 @@ import torch
 
 from hub import read_json, require, write_json
 from machine import is_main_process, rank_and_world
-from measure import RECALL_DEPTHS, RECALL_LENGTHS
+from measure import LEAST_WRITTEN, RECALL_DEPTHS, RECALL_LENGTHS
 from model import Model
 from terminal import clock, say
 from text import CONTEXT
 
 HEALING = 5  # the work of a token that is healed on
 DECODING = 7_000  # the work of timing three models as they decode; it grows with nothing
+WRITING = 40_000  # the same of writing with three models, where enough text is judged for it
 LEAST_STEPS = 8  # of healing, that --minutes has room for
 
 # Sequences, the tokens of each, prompts of the recall measure.
@@ -52,7 +53,7 @@ FITTED = 28  # tokens that linear maps are fitted on, for each of their inputs
 VALIDATIONS = (2, 1), (4, 1), (6, 2), (8, 4), (8, 6), (8, 8)
 
 # Sequences, passkeys at each length, the greatest length.
-EVALUATIONS = (2, 5, 512), (2, 5, 1024), (4, 5, 1024), (8, 5, 2048), (16, 10, 2048), (32, 20, 2048)
+EVALUATIONS = (2, 5, 512), (2, 5, 1024), (4, 5, 1024), (8, 5, 2048), (16, 10, 2048), (32, 20, 4096)
 
 
 @dataclass
@@ -126,7 +127,9 @@ class Budget:
         """Of three models, in one process while the others wait."""
         prompts = max(1, passkeys // len(RECALL_DEPTHS)) * len(RECALL_DEPTHS)
         text = sequences * self.context * (1 + self.heads)
-        return 3 * (text + prompts * sum(self.lengths_to(longest))) * rank_and_world()[1]
+        writing = WRITING if sequences >= LEAST_WRITTEN else 0
+        reading = 3 * (text + prompts * sum(self.lengths_to(longest)))
+        return (reading + writing) * rank_and_world()[1]
 
     def within_reach(self, prompts: dict[int, int]) -> dict[int, int]:
         return {length: count for length, count in prompts.items() if length <= self.reach}

@@ -47,8 +47,9 @@ from terminal import progress, say
 from tokenizer import Tokenizer
 
 TEXT_BATCH = 4  # sequences that are read together
-RECALL_LENGTHS = (256, 512, 1024, 2048)
+RECALL_LENGTHS = (256, 512, 1024, 2048, 4096)
 WRITTEN = 128  # tokens of a continuation
+LEAST_WRITTEN = 8  # continuations that tell anything
 RECALL_DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 PASSKEY_HEAD = (

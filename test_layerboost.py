@@ -1439,8 +1439,8 @@ def test_every_part_keeps_to_its_share_and_grows_with_the_budget(n_layers, reach
 def test_a_large_budget_has_the_full_sizes_and_flags_win():
     for n_layers in (12, 30, 80):
         budget = a_budget(10_000_000, n_layers)
-        assert budget.calibration == (4, 2048)
-        assert budget.prompts == {512: 4, 1024: 4, 2048: 4, 4096: 4}
+        lengths = dict.fromkeys((512, 1024, 2048, 4096), 4)
+        assert budget.calibration == (4, 2048) and budget.prompts == lengths
         assert (budget.validations, budget.watched) == (8, 8)
         assert (budget.sequences, budget.passkeys) == (32, 20)
         assert budget.recall_lengths == measure.RECALL_LENGTHS
