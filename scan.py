@@ -40,6 +40,7 @@ from measure import (
     passkey_prompts,
     read_task,
     score_rows,
+    standard_error,
     task_accuracy,
     task_prompts,
 )
@@ -298,14 +299,24 @@ def identity_of(model: Model, text: Tensor, tiers: dict) -> dict:
 
 def costs_of(layers: list[dict], measures: list[str]) -> list[dict[str, float]]:
     """Per layer the damage of each tier, none for S: the sum of the chosen measures, none of them
-    below zero, since a passkey that was easier by luck is no gain."""
+    below zero, since a passkey that was easier by luck is no gain. Of recall counts what is beyond
+    its standard error: the noise of a few prompts is larger than the KL of most layers."""
     costs = []
     for row in layers:
         cost = {"S": 0.0}
         for tier in "LX":
-            cost[tier] = sum(max(0.0, row[tier][name]) for name in measures)
+            damage = dict(row[tier])
+            if "recall" in damage:
+                damage["recall"] -= recall_error(damage)
+            cost[tier] = sum(max(0.0, damage[name]) for name in measures)
         costs.append(cost)
     return costs
+
+
+def recall_error(columns: dict[str, float]) -> float:
+    """The standard error of recall, from how the context lengths differ, each a draw of prompts."""
+    by_length = [value for name, value in columns.items() if name.startswith("recall at")]
+    return standard_error(torch.tensor(by_length))
 
 
 def plan_paper(costs: list[dict], keep: int, drop: int) -> str:

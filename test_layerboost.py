@@ -1392,6 +1392,11 @@ def test_luck_is_no_gain():
     assert costs == [{"S": 0, "X": 0.5, "L": pytest.approx(0.4)}]
     assert scan_module.costs_of([row], ["recall"]) == [{"S": 0, "X": 0, "L": 0.3}]
 
+    noise = {"kl": 0.1, "recall": 0.1, "recall at 512": -0.1, "recall at 1024": 0.3}
+    loss = {"kl": 0.1, "recall": 2.0, "recall at 512": 1.9, "recall at 1024": 2.1}
+    (cost,) = scan_module.costs_of([{"X": loss, "L": noise}], ["kl", "recall"])
+    assert cost["L"] == pytest.approx(0.1) and cost["X"] == pytest.approx(2.1 - 0.1)
+
 
 def test_spearman():
     assert spearman([1, 2, 3, 4], [10, 20, 30, 100]) == pytest.approx(1)
