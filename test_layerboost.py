@@ -2096,7 +2096,7 @@ def test_healing_brings_a_trained_model_back(tiny, tmp_path):
 def test_the_first_command_heals_the_embedded_model(tmp_path):
     """The embedded defaults, but for the plan, which is stated, and a short budget."""
     out = tmp_path / "healed"
-    flags = ["--tokens", "33k", "--plan", "SSSSLLSSLXLX", "--out", str(out)]
+    flags = ["--tokens", "33k", "--plan", "LLSLXLXXXXXX", "--out", str(out)]
     assert layerboost.main(flags) == 0
     report = json.loads((out / "report.json").read_text())
     base, converted, healed = (report[name] for name in ("base", "converted", "healed"))
