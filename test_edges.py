@@ -1217,7 +1217,7 @@ def test_ctrl_c_says_what_is_kept_and_nothing_is_done_again(
     printed = capsys.readouterr()
     assert f"resumed at layer 1 of 3, from {tmp_path}/scan.json" in printed.out
     assert f"healing of 512 of 512 tokens in {tmp_path}/healing.safetensors" in printed.err
-    evaluated = "text of base, passkeys of base, writing of base, text of converted"
+    evaluated = "text of base, passkeys of base, text of converted"
     assert f"{evaluated} in {tmp_path}/evaluation.json" in printed.err
     layers = json.loads((tmp_path / "scan.json").read_text())["layers"]
     assert layers[0] == before[0] and layers[1]["X"] == before[1]["X"] and len(layers) == 3
