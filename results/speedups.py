@@ -52,9 +52,8 @@ def main() -> None:
         row["quartiles_ms"] = [1e3 * quantile(seconds, q) for q in (0.25, 0.75)]
         choice = chosen.get(name, scan.Choice(model.plan, 0.0, 1.0, 1.0))
         rows.append(row | choice._asdict())
-    print(
-        f"{batch} x {context}, {hardware.bandwidth / 1e9:.1f} GB/s, {hardware.rate / 1e12:.2f} Tflop/s"
-    )
+    rates = f"{hardware.bandwidth / 1e9:.1f} GB/s, {hardware.rate / 1e12:.2f} Tflop/s"
+    print(f"{batch} x {context}, {rates}")
     print_figures(rows)
     print(json.dumps(rows))
 
