@@ -129,6 +129,7 @@ def test_the_cache_folder_is_the_users_own(new_machine):
 
 
 @needs_cpp
+@pytest.mark.slow
 def test_two_processes_build_the_library_at_once_and_a_third_finds_it(tmp_path):
     code = (
         "import torch, cpu\n"
