@@ -10,7 +10,7 @@ allows, and the first in any case. Linear maps (fit.py) take a fixed amount, sin
 do harm. --minutes finds the tokens with which all of that takes so long.
 
 Work is counted, so that a run repeats on any machine: a token through all layers is 1. A token that
-is healed on is 5 (the teacher; the student, forward and back). A trial of the scan runs the layers
+is healed on is 6 (the teacher; the student, forward and back). A trial of the scan runs the layers
 from its own on, (n - i) / n. Where text is judged, the output head of both models comes on top, by
 its size.
 """
@@ -30,7 +30,7 @@ from model import Model
 from terminal import clock, say
 from text import CONTEXT
 
-HEALING = 5  # the work of a token that is healed on
+HEALING = 6  # the work of a token that is healed on
 DECODING = 7_000  # the work of timing three models as they decode; it grows with nothing
 WRITING = 40_000  # the same of writing with three models, where enough text is judged for it
 LEAST_STEPS = 8  # of healing, that --minutes has room for
