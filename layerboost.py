@@ -254,10 +254,12 @@ def scan_layers(
     layers = scan.scan(model, probes, tiers, path, same, layers, fitting)
 
     work = budget.scan_work(*budget.scan_size, scanned)
-    if work:
-        seconds = time.monotonic() - start
-        left = (budget.total - budget.scan) * seconds / work
-        say(f"The scan took {clock(seconds)}; by its speed the rest takes about {clock(left)}.\n")
+    seconds = time.monotonic() - start
+    left = ""
+    if work and seconds > 30:  # of less it tells no rate
+        rest = (budget.total - budget.scan) * seconds / work
+        left = f"; by its speed the rest takes about {clock(rest)}"
+    say(f"The scan took {clock(seconds)}{left}.\n")
     return layers
 
 
