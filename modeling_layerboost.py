@@ -59,7 +59,7 @@ class LayerCache(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its older name
 
     def lazy_initialization(self, *states):
-        raise NotImplementedError("LayerBoost: an L or X layer fills its cache itself")
+        raise ValueError("LayerBoost: an L or X layer fills its cache itself")
 
     update = lazy_initialization
 

@@ -58,6 +58,7 @@ def fastest(run, wait) -> float:
 
 
 def step_costs(model: Model, batch: int, context: int) -> dict[str, tuple[float, float]]:
+    """`plan_costs` of a model's own plan, in its own dtype."""
     return plan_costs(model.config, model.norm.weight.element_size(), batch, context)
 
 

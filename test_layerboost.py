@@ -1185,9 +1185,10 @@ def test_the_documents_of_plain_text_are_its_paragraphs_joined(tmp_path):
 
 def test_text_in_another_encoding_is_read_by_its_name(tmp_path):
     for encoding in ("cp1252", "utf-16", "utf-8"):
-        for name, content in (("a.txt", "Café – été"), ("b.jsonl", '{"text": "Café – été"}')):
+        text = "Café – été"
+        for name, content in (("a.txt", text), ("b.jsonl", f'{{"text": "{text}"}}')):
             (tmp_path / name).write_bytes(content.encode(encoding))
-        assert list(read_documents(str(tmp_path), encoding=encoding)) == ["Café – été"] * 2
+        assert list(read_documents(str(tmp_path), encoding=encoding)) == [text] * 2
 
 
 # --- chat ----------------------------------------------------------------------------------------
@@ -2275,20 +2276,21 @@ class MeanPooling(SoftmaxAttention):
 
 def test_a_tier_of_somebody_elses_goes_through_the_whole_story(llama, text, tmp_path, monkeypatch):
     """With no more changes than README's "Fork it" names."""
-    step_costs = roofline.step_costs
+    plan_costs = roofline.plan_costs
 
-    def with_mean(model, batch, context):
-        costs, c, layers = step_costs(model, batch, context), model.config, model.plan.count("M")
+    def with_mean(c, number, batch, context):
+        costs, layers = plan_costs(c, number, batch, context), c.plan.count("M")
         G, D = c.num_key_value_heads, c.head_dim
         weights = layers * (G + c.num_attention_heads) * D * c.hidden_size
         size, operations = costs["weights"]
-        size += weights * model.norm.weight.element_size()
+        size += weights * number
         costs["weights"] = (size, operations + 2 * weights * batch)
         return costs | {"mean": (layers * batch * 8 * G * D, layers * batch * 2 * G * D)}
 
     monkeypatch.setitem(attention.TIERS, "M", MeanPooling)
     monkeypatch.setattr(scan_module, "TRIALS", "XLM")
-    monkeypatch.setattr(roofline, "step_costs", with_mean)
+    for module in (roofline, scan_module):
+        monkeypatch.setattr(module, "plan_costs", with_mean)
     monkeypatch.setitem(scan_module.PLANNERS, "tier", lambda *_: "SML")
     assert (
         layerboost.main(

@@ -5,8 +5,8 @@ of the SentencePiece kind (Llama 2, TinyLlama, Mistral).
     added tokens are cut out         <s> | "Say hello"
     the rest is normalised           "▁Say▁hello", or in a Unicode normal form
     patterns split it into words     "▁Say" | "▁hello"
-    a word is spelled                ▁ S a y: in bytes; or in characters, and those lacking in bytes
-    neighbours merge                 ▁ S ay, then ▁Say: the pair that was learned earliest first
+    a word is spelled                ▁ S a y: in bytes; or in characters, what they lack in bytes
+    neighbours merge                 ▁ S ay, then ▁Say: the pair that was learned first
 
 Words come again and again, so the ids of short ones are kept. A part of a file that is not known
 stops with a line that says what is supported: wrong ids would go unseen.
