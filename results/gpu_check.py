@@ -54,6 +54,9 @@ ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 530  # seconds in all
 DRY_BUDGET = 3000
 PLANS = {"tiny": "SLLSLXLLSLLS", "llama3.2-1b": "SLLL" * 4, "llama3.1-8b": "SLLL" * 8}
+# Of L: the default, which is a window of 256 for the embedded model, and a window that even short
+# requests leave, so that their steps write the tail.
+TIERS = {"default": {}, "hedgehog": {"window": 64, "feature_map": "hedgehog"}}
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -259,10 +262,11 @@ def choose_attention(dtype: torch.dtype, masked: bool) -> None:
 @torch.inference_mode()
 def check_logits() -> None:
     """The device against the CPU; in a dry run torch against the C++ of cpu.cpp."""
-    ids = random_ids(2, 230)
+    ids = random_ids(2, 330)
     cases = [
         ("S" * 12, {}),
         ("L" * 12, {}),
+        ("L" * 12, TIERS["hedgehog"]),
         ("SLX" * 4, {}),
         ("L" * 12, {"window": 0, "sinks": 0}),
         ("L" * 12, {"window": 7, "sinks": 1}),
@@ -270,7 +274,7 @@ def check_logits() -> None:
     for name in ("elu", "relu", "favor", "none"):
         cases.append(("LS" * 6, {"feature_map": name}))
 
-    for plan, tiers in cases[:4] if DRY else cases:
+    for plan, tiers in cases[:5] if DRY else cases:
         for healed_context in (None, 100):
             here = load_tiny(device="cpu", plan=plan, **tiers)
             there = load_tiny(plan=plan, **tiers)
@@ -313,8 +317,8 @@ def compare_splits(dtype: torch.dtype, plan: str, bound: float) -> None:
     model = load_tiny(dtype, plan=plan)
     ids = random_ids(3, 300)
     whole = model(ids).float()
-    ones = [1] * 20
-    for split in ([300], [1, 1, 1, 297], [64, 64, 172], [7, 250, 43], [150, *ones, 130]):
+    ones = [1] * 20  # steps beyond the window
+    for split in ([300], [1, 1, 1, 297], [64, 64, 172], [7, 250, 43], [270, *ones, 10]):
         cache = model.new_cache(3, 300)
         parts = [model(part, cache).float() for part in ids.split(split, dim=1)]
         out = torch.cat(parts, dim=1)
@@ -350,28 +354,31 @@ def compare_chunks(dtype: torch.dtype, plan: str, bound: float) -> None:
 def check_engine() -> None:
     """Requests served together get the tokens that they get alone, and on a CPU."""
     count = 4 if DRY else 12
-    for plan in ("SLX" * 4, "S" * 12):
-        model = load_tiny(plan=plan)
-        together = serve_all(Engine(model, 5 if CUDA else 3, 176), make_requests(count))
-        alone = [serve_all(Engine(model, 1, 176), [request])[0] for request in make_requests(count)]
+    longest = 150 if DRY else 320
+    make = functools.partial(make_requests, count, longest=longest)
+    for plan, name in (("SLX" * 4, "default"), ("SLX" * 4, "hedgehog"), ("S" * 12, "default")):
+        model = load_tiny(plan=plan, **TIERS[name])
+        together = serve_all(Engine(model, 5 if CUDA else 3, longest + 24), make())
+        alone = [serve_all(Engine(model, 1, longest + 24), [request])[0] for request in make()]
         same = count_same(together, alone)
-        emit(plan=plan, requests=count, same_as_alone=same, ok=same == count)
+        emit(plan=plan, tier=name, requests=count, same_as_alone=same, ok=same == count)
         if CUDA:
-            some = [Request(r.prompt.cpu(), r.max_new_tokens) for r in make_requests(count)[:3]]
-            on_cpu = serve_all(Engine(load_tiny(device="cpu", plan=plan), 1, 176), some)
-            same = count_same(on_cpu, together)
-            emit(plan=plan, same_as_cpu=same, of=len(some), ok=same == len(some))
+            some = [Request(r.prompt.cpu(), r.max_new_tokens) for r in make()[:3]]
+            model = load_tiny(device="cpu", plan=plan, **TIERS[name])
+            same = count_same(serve_all(Engine(model, 1, longest + 24), some), together)
+            emit(plan=plan, tier=name, same_as_cpu=same, of=len(some), ok=same == len(some))
 
 
 def check_graph() -> None:
     """The recorded step against the plain loop of `generate`, in bf16 through flash attention: the
     same tokens."""
-    for plan in ("SLX" * 4, "S" * 12, "L" * 12):
-        model = load_tiny(BF16 if CUDA else torch.float32, plan=plan)
-        prompts = random_ids(4, 128)
-        expected = model.generate(prompts, 60)[:, 128:].tolist()
+    cases = [(plan, "default") for plan in ("SLX" * 4, "S" * 12, "L" * 12)]
+    for plan, name in (*cases, ("L" * 12, "hedgehog")):
+        model = load_tiny(BF16 if CUDA else torch.float32, plan=plan, **TIERS[name])
+        prompts = random_ids(4, 230)
+        expected = model.generate(prompts, 60)[:, 230:].tolist()
         start = time.perf_counter()
-        engine = Engine(model, 4, 192)
+        engine = Engine(model, 4, 290)
         outputs = serve_all(engine, [Request(prompt, 60) for prompt in prompts])
         same = 0
         for output, tokens in zip(outputs, expected):
@@ -379,6 +386,7 @@ def check_graph() -> None:
         total = sum(len(output) for output in outputs)
         emit(
             plan=plan,
+            tier=name,
             seconds=round(time.perf_counter() - start, 1),
             same_tokens=same,
             of=total,
@@ -603,23 +611,26 @@ def probe_lengths() -> None:
 
 
 def probe_tiers(this: roofline.Hardware) -> None:
-    """Whole sequences through both tiers, and a step of tier L against its floor."""
-    config = SimpleNamespace(
-        num_attention_heads=H,
-        num_key_value_heads=G,
-        head_dim=D,
-        hidden_size=H * D,
-        sliding_windows=(None,),
-        qkv_bias=False,
-        o_bias=False,
-        qk_norm=False,
-        window=64,
-        sinks=4,
-        feature_map="hedgehog",
-        healed_context=None,
-    )
+    """Whole sequences through all tiers, and a step of tier L against its floor."""
+    settings = {
+        "num_attention_heads": H,
+        "num_key_value_heads": G,
+        "head_dim": D,
+        "hidden_size": H * D,
+        "sliding_windows": (None,),
+        "qkv_bias": False,
+        "o_bias": False,
+        "qk_norm": False,
+        "window": 4 * D,
+        "sinks": 4,
+        "feature_map": "softmax",
+        "healed_context": None,
+    }
     with torch.device(DEVICE):
-        tiers = {"S": SoftmaxAttention(config, 0), "L": WindowLinearAttention(config, 0)}
+        tiers = {"S": SoftmaxAttention(SimpleNamespace(**settings), 0)}
+        for name, changes in TIERS.items():
+            config = SimpleNamespace(**settings | changes)
+            tiers[f"L, {name}"] = WindowLinearAttention(config, 0)
 
     for precision in ("highest", "high"):
         torch.set_float32_matmul_precision(precision)
@@ -636,17 +647,24 @@ def probe_tiers(this: roofline.Hardware) -> None:
                     added_mib=mib_added(run),
                 )
 
-    cache = tiers["L"].new_cache(B, 0, BF16, DEVICE)
+    for name in TIERS:
+        probe_step_of_tier_l(name, tiers[f"L, {name}"], this)
+
+
+def probe_step_of_tier_l(name: str, tier: WindowLinearAttention, this: roofline.Hardware) -> None:
+    cache = tier.new_cache(B, 0, BF16, DEVICE)
     q = random_heads(B, H, 1, D)
     k, v = random_heads(2 * B, G, 1, D).chunk(2)
     position = torch.full((B,), 5000, device=DEVICE)
     size = 2 * 4 * cache.state.numel() + 4 * cache.key.numel()  # bytes
     for compiled in (False, True) if CUDA else (False,):
-        step = torch.compile(tiers["L"].step) if compiled else tiers["L"].step
+        step = torch.compile(tier.step) if compiled else tier.step
         ms = milliseconds_in_graph(functools.partial(step, q, k, v, cache, position))
-        floor = size / this.bandwidth
         emit(
-            step_of_tier_L_us=round(1e3 * ms, 1), compiled=compiled, floor_us=round(1e6 * floor, 1)
+            step_of_tier_L_us=round(1e3 * ms, 1),
+            tier=name,
+            compiled=compiled,
+            floor_us=round(1e6 * size / this.bandwidth, 1),
         )
 
 
