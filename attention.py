@@ -33,6 +33,11 @@ def twin(name: str, x: Tensor):
     return getattr(kernels, name)
 
 
+def compiles(device: torch.device) -> bool:
+    """Whether torch.compile works on a device; where it does not, one line has said why."""
+    return gpu.compiler_works(device) if device.type == "cuda" else cpu.compiler_works()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """W x + b: [..., inputs] -> [..., outputs]."""
     if x.shape[:-1].numel() > 1 or not cpu.runs(weight):

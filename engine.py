@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from attention import SoftmaxCache
+from attention import SoftmaxCache, compiles
 from model import Cache, Model, cache_tensors, compiled_cached_block
 
 SMALLEST = 4  # slots of a step, and what its sizes differ by at least
@@ -53,14 +53,14 @@ class InFlight(NamedTuple):
 class Engine:
     """Decodes requests greedily, `slots` sequences of up to `room` tokens at a time.
 
-    `compiled` runs the steps through torch.compile: once for all sizes and lengths, but that takes
-    one or two minutes, so it is for long service."""
+    `compiled` runs the steps through torch.compile where that works: once for all sizes and
+    lengths, but that takes one or two minutes, so it is for long service."""
 
     @torch.inference_mode()
     def __init__(self, model: Model, slots: int, room: int, compiled: bool = False):
         self.model = model
         self.room = room
-        self.compiled = compiled
+        self.compiled = compiled and compiles(model.device)
         self.on_gpu = runs_ahead(model.device)
         self.sizes = step_sizes(slots)
         self.live: list[Request | None] = [None] * slots  # whose sequence is in each slot

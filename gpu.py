@@ -2,8 +2,11 @@
 
 Each twin takes and gives what its original does. `runs(x)` says whether it can be used: on a GPU
 from Ampere on, in half precision, without gradients. Nothing is built for it; tier L needs none,
-since torch.compile fuses it.
+since torch.compile fuses it, where `compiler_works`.
 """
+
+import functools
+import sys
 
 import torch
 from torch import Tensor
@@ -17,6 +20,24 @@ def runs(x: Tensor) -> bool:
     if not (x.is_cuda and half) or torch.is_grad_enabled():
         return False
     return torch.cuda.get_device_properties(x.device).major >= 8
+
+
+@functools.cache
+def compiler_works(device: torch.device) -> bool:
+    """Whether torch.compile makes kernels for a GPU, by a trial. Where it does not, says why,
+    once."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+        return True
+    except Exception as error:  # torch has no one kind for it
+        cause = getattr(error, "inner_exception", error)
+        reason = str(cause).strip().partition("\n")[0][:200]
+        print(
+            f"torch.compile does not work here, torch runs eagerly instead, slower ({reason}); "
+            "install Triton and a C compiler, or give --no-compile",
+            file=sys.stderr,
+        )
+        return False
 
 
 def softmax_attention(query, key, value, start=None, sliding_window: int | None = None) -> Tensor:

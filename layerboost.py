@@ -34,6 +34,7 @@ import cpu
 import report
 import scan
 from adapter import load_adapter, read_adapter
+from attention import compiles
 from budget import SCAN_TOKENS, SCANS, Budget, announce, forward_rate, make_budget
 from config import REMOVED, default_window
 from distill import Healing, heal, healing_bytes, tail_names
@@ -468,6 +469,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 def run(args) -> None:
     args.device = start_process(args.device)
+    if args.compile and not compiles(torch.device(args.device)):
+        args.compile = None
     if args.adapter:
         args.dtype = args.dtype or read_adapter(Path(args.adapter))["dtype"]
     args.dtype = args.dtype or pick_dtype(args.device)

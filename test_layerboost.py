@@ -961,6 +961,30 @@ def test_compiled_blocks_equal_eager_ones(llama):
     near(model(ids), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("small_steps", ["as on a GPU"], indirect=True)
+def test_without_triton_the_eager_step_is_recorded(llama, small_steps, monkeypatch, capsys):
+    def compile_nothing(function, **options):
+        def call(*arguments):
+            raise RuntimeError("Cannot find a working triton installation.\nMore is said below.")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    monkeypatch.setattr(engine_module, "compiles", gpu.compiler_works)
+    gpu.compiler_works.cache_clear()
+    model = boosted(llama)
+    outputs = []
+    for compiled in (True, True, False):
+        requests = random_requests(4)
+        engine = Engine(model, 3, 100, compiled)
+        list(engine.run(deque(requests)))
+        outputs.append([request.output for request in requests])
+    gpu.compiler_works.cache_clear()
+    assert outputs[0] == outputs[1] == outputs[2]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "eagerly" in line and "working triton installation." in line
+
+
 # --- what stands where attention is removed ------------------------------------------------------
 
 
