@@ -1,8 +1,9 @@
-"""The functions of kernels.py that run faster on a GPU: tier S through flash attention.
+"""The functions of kernels.py that run faster on a GPU: tier S, and the window of a step of tier L,
+through flash attention.
 
 Each twin takes and gives what its original does. `runs(x)` says whether it can be used: on a GPU
-from Ampere on, in half precision, without gradients. Nothing is built for it; tier L needs none,
-since torch.compile fuses it, where `compiler_works`.
+from Ampere on, in half precision, without gradients. Nothing is built for it; the rest of tier L
+needs none, since torch.compile fuses it, where `compiler_works`.
 """
 
 import functools
@@ -11,7 +12,7 @@ import sys
 import torch
 from torch import Tensor
 
-from kernels import write_slot
+from kernels import group_heads, join_tail, write_slot
 
 
 def runs(x: Tensor) -> bool:
@@ -45,26 +46,43 @@ def softmax_attention(query, key, value, start=None, sliding_window: int | None 
     end = (
         torch.full((len(query),), tokens, device=query.device) if start is None else start + tokens
     )
-    return flash_attention(query, key, value, end, sliding_window or 0).transpose(1, 2)
+    return flash_attention(query, key, value, end, sliding_window or 0)[0].transpose(1, 2)
 
 
 def softmax_step(
     query, new_key, new_value, slot, key, value, end, sliding_window: int | None = None
 ) -> Tensor:
     write_slot(key, value, slot, new_key, new_value)
-    return flash_attention(query, key, value, end, sliding_window or 0).transpose(1, 2)
+    return flash_attention(query, key, value, end, sliding_window or 0)[0].transpose(1, 2)
+
+
+def window_linear_step(query, new_key, new_value, slot, key, value, end, *tail) -> Tensor:
+    """The local term from flash attention: its output, and its log-sum-exp as the largest score."""
+    write_slot(key, value, slot, new_key, new_value)
+    local, log_sum = flash_attention(query, key, value, end, 0)
+    local = group_heads(local.transpose(1, 2), key.shape[1]).float()  # (B, G, R, D)
+    log_sum = log_sum.masked_fill(end == 0, -torch.inf)  # [H, B]; without a window there is none
+    log_sum = log_sum.T.reshape(*local.shape[:3], 1)
+
+    tail_numerator, tail_denominator, b = join_tail(*tail)
+    m = torch.maximum(log_sum, b)
+    local_scale, tail_scale = torch.exp(log_sum - m), torch.exp(b - m)
+    numerator = local_scale * local + tail_scale * tail_numerator
+    out = numerator / (local_scale + tail_scale * tail_denominator)
+    return out.view_as(query).to(query.dtype)
 
 
 @torch.library.custom_op("layerboost::flash_attention", mutates_args=())
 def flash_attention(
     query: Tensor, key: Tensor, value: Tensor, end: Tensor, sliding_window: int
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """FlashAttention-2 (arXiv 2307.08691) as torch brings it, on a cache as it lies.
 
     query [B, H, T, D]: the last T tokens of each sequence; key, value [B, G, room, D], of which the
     slots before `end` [B] are in use: no others are read. 0 for no sliding window. Returns
-    [B, T, H, D]. Unlike `F.scaled_dot_product_attention` it takes a length for each sequence and
-    the causal rule from there on; cuDNN's form of that needs 70 ms to plan for each new length.
+    [B, T, H, D], and log sum_i exp(a_i) [H, B * T] in float32. Unlike
+    `F.scaled_dot_product_attention` it takes a length for each sequence and the causal rule from
+    there on; cuDNN's form of that needs 70 ms to plan for each new length.
     """
     B, H, T, D = query.shape
     G, room = key.shape[1:3]
@@ -77,7 +95,7 @@ def flash_attention(
     size = (apart * (B - 1) + room, G, D)
     strides = (token_stride, key.stride(1), 1)
     first = torch.arange(B + 1, dtype=torch.int32, device=query.device)
-    out, *_ = torch.ops.aten._flash_attention_forward(
+    out, log_sum, *_ = torch.ops.aten._flash_attention_forward(
         query.transpose(1, 2).contiguous().view(B * T, H, D),
         key.as_strided(size, strides),
         value.as_strided(size, strides),
@@ -92,10 +110,10 @@ def flash_attention(
         window_size_right=0 if sliding_window else None,
         seqused_k=end.to(torch.int32),
     )
-    return out.view(B, T, H, D)
+    return out.view(B, T, H, D), log_sum
 
 
 @flash_attention.register_fake
 def _(query, key, value, end, sliding_window):
     B, H, T, D = query.shape
-    return query.new_empty(B, T, H, D)
+    return query.new_empty(B, T, H, D), query.new_empty(H, B * T, dtype=torch.float32)

@@ -419,27 +419,34 @@ def window_linear_step(
     change in place. Returns [B, H, 1, D]."""
     groups, D = key.shape[1], key.shape[3]
 
-    # The new token takes its slot; the one that leaves the window joins the tail.
+    # The new token takes its slot. Local scores a_i over the slots in use.
     write_slot(key, value, slot, new_key, new_value)
-    state += phi_key[..., None] * left.float()[:, :, None]
-    norm += phi_key
-
-    # Local scores a_i over the slots in use.
     scores = group_heads(query, groups) @ key.mT * D**-0.5  # (B, G, R, slots)
     unused = torch.arange(key.shape[2], device=key.device) >= end[:, None]
     scores = scores.float().masked_fill(unused[:, None, None], -torch.inf)
 
-    # Both terms on one scale: m = max(max_i a_i, b), without b where there is no tail yet.
-    phi_query = group_heads(phi_query, groups)  # (B, G, R, F)
-    tail_denominator = (phi_query * norm[:, :, None]).sum(-1, keepdim=True)
-    b = tail_logit.view(groups, -1, 1).where(tail_denominator > 0, -torch.inf)  # (B, G, R, 1)
+    # Both terms on one scale: m = max(max_i a_i, b).
+    tail = (phi_query, phi_key, left, tail_logit, state, norm)
+    tail_numerator, tail_denominator, b = join_tail(*tail)
     m = torch.maximum(scores.amax(-1, keepdim=True), b)
     local = torch.exp(scores - m)
     tail_scale = torch.exp(b - m)
 
-    numerator = local.to(value.dtype) @ value + tail_scale * (phi_query @ state)  # (B, G, R, D)
+    numerator = local.to(value.dtype) @ value + tail_scale * tail_numerator  # (B, G, R, D)
     denominator = local.sum(-1, keepdim=True) + tail_scale * tail_denominator
     return (numerator / denominator).view_as(query).to(query.dtype)
+
+
+def join_tail(phi_query, phi_key, left, tail_logit, state, norm) -> tuple[Tensor, Tensor, Tensor]:
+    """The token that leaves the window joins the tail. Returns phi(q)^T S [B, G, R, D], phi(q)^T z
+    and b [B, G, R, 1], -inf where there is no tail yet."""
+    state += phi_key[..., None] * left.float()[:, :, None]
+    norm += phi_key
+    groups = norm.shape[1]
+    phi_query = group_heads(phi_query, groups)  # (B, G, R, F)
+    denominator = (phi_query * norm[:, :, None]).sum(-1, keepdim=True)
+    b = tail_logit.view(groups, -1, 1).where(denominator > 0, -torch.inf)
+    return phi_query @ state, denominator, b
 
 
 # --- divergence of two models ------------------------------------------------------------------

@@ -389,19 +389,26 @@ def flash_by_its_documentation(
     """What aten._flash_attention_forward does on a GPU: rows of all sequences one after the other,
     from `first` on; of the keys, `seqused_k` are in use; the last query sees the last of them."""
     out = torch.empty_like(query)
+    log_sum = torch.full((query.shape[1], len(query)), torch.inf)  # also where no key is in use
     left = more["window_size_left"]
     for b, used in enumerate(more["seqused_k"].tolist()):
         queries = slice(int(first_query[b]), int(first_query[b + 1]))
         keys = slice(int(first_key[b]), int(first_key[b]) + used)
         q, k, v = (x.transpose(0, 1)[None] for x in (query[queries], key[keys], value[keys]))
         tokens = q.shape[2]
+        if not used:
+            out[queries] = 0
+            continue
+        if tokens == 1:
+            scores = kernels.group_heads(q, k.shape[1]) @ k.mT * q.shape[-1] ** -0.5
+            log_sum[:, queries] = scores.logsumexp(-1).view(-1, 1)
         q = F.pad(q, (0, 0, used - tokens, 0))
         window = None if left is None else left + 1
         out[queries] = kernels.naive_softmax_attention(q, k, v, window)[0, :, -tokens:].transpose(
             0, 1
         )
     assert causal or most_queries == 1
-    return out, None, None, None, None
+    return out, log_sum, None, None, None
 
 
 @pytest.mark.parametrize("sliding_window", [None, 7])
@@ -420,6 +427,16 @@ def test_flash_attention_gets_the_cache_as_it_lies(tokens, sliding_window, monke
     )
     out = gpu.softmax_attention(query, key, value, None, sliding_window)
     near(out, kernels.softmax_attention(query, key, value, None, sliding_window))
+
+
+@pytest.mark.parametrize("H,G", [(9, 3), (4, 4)])
+def test_a_step_of_tier_l_through_flash_attention_equals_the_one_in_torch(H, G, monkeypatch):
+    """Without a window, with one that is not full, and full; the output and the caches."""
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_by_its_documentation)
+    arguments = random_step(H, G, 16)["window_linear_step"]
+    ours, theirs = ([x.clone() for x in arguments] for _ in range(2))
+    out = gpu.window_linear_step(*ours)
+    near([out, *ours], [kernels.window_linear_step(*theirs), *theirs], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

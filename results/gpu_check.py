@@ -11,6 +11,7 @@ given. Ends with exit code 1 where a step failed.
 """
 
 import argparse
+import copy
 import functools
 import inspect
 import json
@@ -45,7 +46,7 @@ import roofline
 from attention import SoftmaxAttention, WindowLinearAttention
 from engine import Engine, Request, prefill, record
 from measure import quantile
-from model import Model, convert, load_model
+from model import Model, cache_tensors, convert, load_model
 from shapes import build_shape
 from text import pack_sequences, read_documents
 from tokenizer import load_tokenizer
@@ -652,20 +653,35 @@ def probe_tiers(this: roofline.Hardware) -> None:
 
 
 def probe_step_of_tier_l(name: str, tier: WindowLinearAttention, this: roofline.Hardware) -> None:
-    cache = tier.new_cache(B, 0, BF16, DEVICE)
+    """Through flash attention, and in torch alone: the first outputs, then the time."""
     q = random_heads(B, H, 1, D)
     k, v = random_heads(2 * B, G, 1, D).chunk(2)
     position = torch.full((B,), 5000, device=DEVICE)
-    size = 2 * 4 * cache.state.numel() + 4 * cache.key.numel()  # bytes
-    for compiled in (False, True) if CUDA else (False,):
-        step = torch.compile(tier.step) if compiled else tier.step
-        ms = milliseconds_in_graph(functools.partial(step, q, k, v, cache, position))
-        emit(
-            step_of_tier_L_us=round(1e3 * ms, 1),
-            tier=name,
-            compiled=compiled,
-            floor_us=round(1e6 * size / this.bandwidth, 1),
-        )
+    first = tier.new_cache(B, 0, BF16, DEVICE)
+    for x in cache_tensors(first).values():
+        x.copy_(torch.rand_like(x))
+    size = 2 * 4 * first.state.numel() + 4 * first.key.numel()  # bytes
+
+    expected = None
+    for form, runs in {"torch": lambda x: False, "gpu.py": gpu.runs}.items():
+        for compiled in (False, True) if CUDA else (False,):
+            cache = copy.deepcopy(first)
+            step = torch.compile(tier.step) if compiled else tier.step
+            run = functools.partial(step, q, k, v, cache, position)
+            with mock.patch.object(gpu, "runs", runs):
+                out = run().float()
+                ms = milliseconds_in_graph(run)
+            expected = out if expected is None else expected
+            difference = relative_difference(out, expected)
+            emit(
+                step_of_tier_L_us=round(1e3 * ms, 1),
+                tier=name,
+                form=form,
+                compiled=compiled,
+                floor_us=round(1e6 * size / this.bandwidth, 1),
+                difference=difference,
+                ok=difference < 0.02,
+            )
 
 
 # --- figures: models ---------------------------------------------------------------------------
