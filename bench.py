@@ -21,7 +21,7 @@ import torch
 
 import cpu
 from config import parse_plan
-from engine import Engine, Request, prefill
+from engine import Engine, Request, padded, prefill, runs_ahead, working_bytes
 from hub import require
 from kernels import FEATURE_MAPS
 from machine import pick_device, pick_dtype
@@ -142,6 +142,42 @@ def serve_requests(engine: Engine, clients: int, requests: list[Request]) -> dic
     }
 
 
+def memory_limit(wanted: float | None, device: torch.device) -> float:
+    """Bytes that serving may take. On a GPU torch refuses more from here on; where none are wanted,
+    they are nine tenths of what is free or this process's already."""
+    if not runs_ahead(device):
+        return wanted or math.inf
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    there = free + torch.cuda.memory_reserved(device)
+    limit = min(wanted or 0.9 * there, there)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    return limit
+
+
+def serve(
+    model: Model, clients: int, prompt: int, output: int, memory: float, compiled: bool
+) -> dict:
+    """`serve_requests` of about these lengths, by an engine of as many slots as fit into memory.
+    memory_gib is predicted; reserved_gib is what torch has reserved of a GPU at most."""
+    room = padded(length_range(prompt)[1] + length_range(output)[1], model.device)
+    on_gpu = runs_ahead(model.device)
+    work = working_bytes(model, room, length_range(prompt)[0]) if on_gpu else (0, 0)
+    slots = fitting_slots(model, room, memory, clients, work)
+    predicted = weight_bytes(model) + work[0] + slots * (cache_bytes(model, room) + work[1])
+    if on_gpu:
+        torch.cuda.empty_cache()  # of the engine before
+        torch.cuda.reset_peak_memory_stats(model.device)
+
+    engine = Engine(model, slots, room, compiled)
+    warm_up(engine, prompt)
+    served = serve_requests(engine, clients, make_requests(clients, prompt, output, model))
+    figures = {"slots": slots, **served, "memory_gib": predicted / 2**30}
+    if on_gpu:
+        figures["reserved_gib"] = torch.cuda.max_memory_reserved(model.device) / 2**30
+    return figures
+
+
 # --- the commands ------------------------------------------------------------------------------
 
 
@@ -180,24 +216,20 @@ def decode_command(args) -> list[dict]:
 def serve_command(args) -> list[dict]:
     """Throughput and latency of concurrent requests, dense and converted."""
     models, this = load_pair(args)
-    longest = length_range(args.prompt)[1] + length_range(args.output)[1]
+    memory = memory_limit(args.memory, models["dense"].device)
     report = []
     for clients, (name, model) in itertools.product(args.concurrency, models.items()):
-        slots = fitting_slots(model, longest, args.memory or math.inf, clients)
-        engine = Engine(model, slots, longest, args.compile)
-        warm_up(engine, args.prompt)
-        requests = make_requests(clients, args.prompt, args.output, model)
-        served = serve_requests(engine, clients, requests)
+        served = serve(model, clients, args.prompt, args.output, memory, args.compile)
         rate = served["tokens_per_second"]
-        floor = serving_floor(model, args.prompt, args.output, slots, this)
-        memory = weight_bytes(model) + slots * cache_bytes(model, longest)
-        figures = {"clients": clients, "model": name, "slots": slots, **served}
-        report.append(figures | {"over_floor": floor / rate, "memory_gib": memory / 2**30})
+        floor = serving_floor(model, args.prompt, args.output, served["slots"], this)
+        figures = {"clients": clients, "model": name, **served, "over_floor": floor / rate}
+        report.append(figures)
         print(f"{clients} clients, {name}: {rate:,.0f} output tokens/s", flush=True)
     add_gains(report, "tokens_per_second")
 
     print_figures(report)
-    print(f"first token, per token: p50 to p95; {peak_memory()}")
+    peak = "" if "reserved_gib" in report[0] else f"; {peak_memory()}"
+    print(f"first token, per token: p50 to p95{peak}")
     return report
 
 
@@ -267,8 +299,8 @@ def format_table(rows: list[list[str]]) -> str:
 
 
 def peak_memory() -> str:
-    if torch.cuda.max_memory_allocated():
-        return f"peak memory of the GPU {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+    if torch.cuda.max_memory_reserved():
+        return f"reserved of the GPU at most {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB"
     if sys.platform == "win32":
         return "peak memory: not known on Windows"
 
@@ -302,7 +334,12 @@ COMMANDS = {  # what runs: its own flags
         "concurrency": (counts, "50,100,200", "clients"),
         "prompt": (at_least(1), 256, "its tokens, on average"),
         "output": (at_least(1), 256, "new tokens, on average"),
-        "memory": (memory_size, None, "limit of weights and caches, as 24GiB [none]"),
+        "memory": (
+            memory_size,
+            None,
+            "limit, as 24GiB: on a GPU of all that the process takes, on a CPU of weights and "
+            "caches [nine tenths of what is free, none]",
+        ),
     },
 }
 COMMON_FLAGS = {

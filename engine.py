@@ -21,9 +21,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from attention import SoftmaxCache, compiles
-from model import Cache, Model, cache_tensors, compiled_cached_block
+from kernels import feature_size
+from model import Cache, Model, cache_bytes, cache_tensors, compiled_cached_block
 
 SMALLEST = 4  # slots of a step, and what its sizes differ by at least
+GRAPHS = 2**28  # bytes that recorded steps and cuBLAS take for themselves
 PADDING = 128  # on a GPU, prompts are padded to a multiple of this many tokens
 
 
@@ -260,6 +262,32 @@ def chunk_tokens(device: torch.device) -> int:
 def padded(tokens: int, device: torch.device) -> int:
     """The length at which a prompt is read."""
     return -(-tokens // PADDING) * PADDING if runs_ahead(device) else tokens
+
+
+def working_bytes(model: Model, room: int, shortest: int) -> tuple[float, float]:
+    """What serving takes beside weights and caches where nothing is compiled, at most: bytes in
+    all, and for each slot. `shortest` is the length of the shortest prompt.
+
+    In all: the cache of the prompts that are read together, and what a layer makes of a chunk. For
+    each slot: what a layer makes of a token, and the logits."""
+    c = model.config
+    size = model.norm.weight.element_size()
+    chunk = chunk_tokens(model.device)
+    shortest = padded(shortest, model.device)
+    together = max(1, chunk // shortest)
+    prompts = max(cache_bytes(model, room), together * cache_bytes(model, shortest))
+
+    # Gate, up, silu(gate) and their product; the residual stream before and after, its norm.
+    token = size * 4 * (c.intermediate_size + c.hidden_size)
+    state = 0
+    if "L" in c.plan:
+        F, D = feature_size(c.feature_map, c.head_dim), c.head_dim
+        # Scores, the same less their maximum and exp of that; some six vectors of each head and
+        # four of its features: all in float32. Queries go in chunks of 64.
+        seen = c.window + c.sinks + 64
+        token = max(token, c.num_attention_heads * 4 * (3 * seen + 6 * D + 4 * F))
+        state = 4 * c.num_key_value_heads * F * (D + 1)
+    return prompts + chunk * token + GRAPHS, token + state + size * c.vocab_size
 
 
 def prefill(model: Model, prompts: list[Tensor], cache: Cache, block=None):

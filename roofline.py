@@ -123,15 +123,18 @@ def serving_floor(model: Model, prompt: int, output: int, slots: int, hardware: 
     return output / (reading + output * step / slots)
 
 
-def fitting_slots(model: Model, tokens: int, memory: float, clients: int) -> int:
-    """How many of `clients` sequences of this many tokens fit into memory beside the weights.
-    Raises InputError where none does."""
-    weights = weight_bytes(model)
-    cache = max(1, cache_bytes(model, tokens))  # without attention there is none
-    slots = int(min(clients, (memory - weights) / cache))
+def fitting_slots(
+    model: Model, tokens: int, memory: float, clients: int, work: tuple[float, float] = (0, 0)
+) -> int:
+    """How many of `clients` sequences of this many tokens fit into memory beside the weights, where
+    computing takes `work` bytes, in all and for each sequence. Raises InputError where none
+    does."""
+    weights = weight_bytes(model) + work[0]
+    each = max(1, cache_bytes(model, tokens) + work[1])  # without attention there is no cache
+    slots = int(min(clients, (memory - weights) / each))
     require(
         slots >= 1,
-        f"--memory: {memory / 2**30:.1f} GiB hold the weights "
+        f"--memory: {memory / 2**30:.1f} GiB hold the weights and what computing takes "
         f"({weights / 2**30:.1f} GiB) and no sequence of {tokens} tokens; give more",
     )
     return slots

@@ -24,6 +24,7 @@ import sys
 import textwrap
 import time
 import timeit
+import weakref
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import attention
 import bench
@@ -55,7 +58,7 @@ from attention import SoftmaxAttention, WindowLinearAttention, linear
 from budget import SCAN_TOKENS, Budget, make_budget
 from config import read_config
 from conftest import GOLDEN, TIERS, boosted, needs_cpp, short_run, write_model
-from engine import Engine, Request, move_sequences, prefill
+from engine import Engine, Request, move_sequences, next_tokens, prefill, working_bytes
 from fit import Moments, fit_maps
 from golden.make_golden import CHATS, CONFIGS, MESSAGES, NASTY, SMALL, golden_ids, write_chat
 from hub import InputError, fingerprint
@@ -1000,6 +1003,89 @@ def test_without_triton_the_eager_step_is_recorded(llama, small_steps, monkeypat
     assert outputs[0] == outputs[1] == outputs[2]
     (line,) = capsys.readouterr().err.splitlines()
     assert "eagerly" in line and "working triton installation." in line
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most that tensors made under it have held at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            storage = x.untyped_storage() if isinstance(x, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.live:
+                self.live[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, storage._cdata, None)
+        self.most = max(self.most, sum(self.live.values()))
+        return out
+
+
+@pytest.mark.parametrize("plan", ["SS", "LL"])
+def test_the_memory_of_serving_is_predicted(plan, monkeypatch):
+    """Two layers of Llama-3.1-8B: prompts that are read, and a step with its logits, take no more,
+    and not much less."""
+    monkeypatch.setattr(engine_module, "chunk_tokens", lambda device: 2048)
+    monkeypatch.setattr(engine_module, "GRAPHS", 0)
+    monkeypatch.setitem(predict.SHAPES, "8b", (4096, 14336, 2, 32, 8, 128, 128256, False))
+    model = convert(predict.build_shape("8b", torch.bfloat16, "meta"), plan)
+    for count in (1, 8):
+        prompts = [torch.empty(2048 // count, dtype=torch.int64, device="meta")] * count
+        fixed, each = working_bytes(model, 2048 // count, 2048 // count)
+        with torch.inference_mode(), LiveBytes() as reading:
+            deque(prefill(model, prompts, model.new_cache(count, 0)), maxlen=0)
+        assert 0.7 * fixed < reading.most < 1.01 * fixed  # GRAPHS has room for cos and sin
+
+    cache = model.new_cache(16, 1024)
+    with torch.inference_mode(), LiveBytes() as step:
+        next_tokens(model, prompts[0][:16], cache.layers, cache.positions)
+    assert 4 * each < step.most - cache.bytes < 16 * each
+
+
+@pytest.fixture
+def card(monkeypatch) -> dict:
+    """A GPU of 24 GiB with 20 free, on which the CPU stands; what torch was told."""
+    told = {}
+    replies = {
+        "empty_cache": None,
+        "mem_get_info": (20 * 2**30, 24 * 2**30),
+        "memory_reserved": 2**30,
+        "max_memory_reserved": 3 * 2**30,
+        "reset_peak_memory_stats": None,
+        "set_per_process_memory_fraction": None,
+    }
+    for name, reply in replies.items():
+
+        def call(*arguments, name=name, reply=reply):
+            told[name] = arguments
+            return reply
+
+        monkeypatch.setattr(torch.cuda, name, call)
+    monkeypatch.setattr(bench, "runs_ahead", lambda device: True)
+    return told
+
+
+@pytest.mark.parametrize(
+    "wanted,limit", [(None, 0.9 * 21 * 2**30), (10 * 2**30, 10 * 2**30), (30e9, 21 * 2**30)]
+)
+def test_memory_is_a_bound_on_a_gpu(wanted, limit, card):
+    device = torch.device("cuda")
+    assert bench.memory_limit(wanted, device) == limit
+    assert card["set_per_process_memory_fraction"] == (limit / (24 * 2**30), device)
+
+
+@pytest.mark.parametrize("small_steps", ["as on a GPU"], indirect=True)
+def test_serving_leaves_room_for_what_it_computes(llama, small_steps, card):
+    model = boosted(llama)
+    fixed, each = working_bytes(model, 64, 15)
+    each += model_module.cache_bytes(model, 64)
+    memory = model_module.weight_bytes(model) + fixed + 3.5 * each
+    served = bench.serve(model, 6, 20, 30, memory, compiled=False)
+    assert (served["slots"], served["requests"], served["reserved_gib"]) == (3, 6, 3.0)
+    assert served["memory_gib"] == pytest.approx((memory - 0.5 * each) / 2**30)
 
 
 # --- what stands where attention is removed ------------------------------------------------------

@@ -15,7 +15,6 @@ import copy
 import functools
 import inspect
 import json
-import math
 import os
 import platform
 import shutil
@@ -747,45 +746,29 @@ def measure_prompt(
 def measure_serving(shape: str, clients: tuple[int, ...], compiled: bool = True) -> None:
     """Throughput of requests of about 256 + 256 tokens in 24 GiB, the memory of an A10."""
     cpu.enabled = True
-    memory = math.inf if DRY else 24 * 2**30
     prompt, output = (64, 16) if DRY else (256, 256)
-    load = SimpleNamespace(prompt=prompt, output=output)
-    longest = int(1.25 * prompt) + int(1.25 * output)
     this = measure_hardware()
     models = load_pair(shape)
+    memory = bench.memory_limit(None if DRY else 24 * 2**30, models["dense"].device)
     for count in (6,) if DRY else clients:
         for name, model in models.items():
             if time_left() < 8:
                 emit(stopped="no time left")
                 return
-            slots = roofline.fitting_slots(model, longest, memory, count)
-            figures = {"shape": shape, "model": name, "clients": count, "slots": slots}
-            figures["compiled"] = compiled
-            free_memory()
+            figures = {"shape": shape, "model": name, "clients": count, "compiled": compiled}
             start = time.perf_counter()
             try:
-                served = serve_clients(model, slots, count, load, compiled)
+                served = bench.serve(model, count, prompt, output, memory, compiled)
             except Exception as error:
                 emit(**figures, error=describe(error))
                 continue
-            floor = roofline.serving_floor(model, prompt, output, slots, this)
+            floor = roofline.serving_floor(model, prompt, output, served["slots"], this)
             emit(
                 **figures,
                 **served,
                 over_floor=round(floor / served["tokens_per_second"], 2),
-                peak_gib=peak_gib(),
                 seconds=round(time.perf_counter() - start, 1),
             )
-
-
-def serve_clients(model: Model, slots: int, clients: int, load, compiled: bool) -> dict:
-    longest = int(1.25 * load.prompt) + int(1.25 * load.output)
-    engine = Engine(model, slots, longest, compiled)
-    bench.warm_up(engine, load.prompt)
-    wait()
-    return bench.serve_requests(
-        engine, clients, bench.make_requests(clients, load.prompt, load.output, model)
-    )
 
 
 class HealingCase(NamedTuple):
