@@ -1005,6 +1005,16 @@ def test_without_triton_the_eager_step_is_recorded(llama, small_steps, monkeypat
     assert "eagerly" in line and "working triton installation." in line
 
 
+@pytest.mark.slow
+def test_the_check_for_a_gpu_runs_without_one(tmp_path):
+    command = [sys.executable, "results/gpu_check.py", "--dry", "--only", "env,engine,probe"]
+    environment = os.environ | {"OUT": str(tmp_path)}
+    run = subprocess.run(
+        command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0 and "everything passed" in run.stdout
+
+
 class LiveBytes(TorchDispatchMode):
     """The most that tensors made under it have held at one time."""
 
