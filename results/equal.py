@@ -108,7 +108,7 @@ class Judge:
         self.base, self.tokenizer = base, tokenizer
         self.valid, self.passkeys, self.tasks = valid, passkeys, tasks
         self.targets = measure.hidden_states(base, valid.split(1))
-        self.prompts = valid.view(-1, 1024)[:32, :512]
+        self.prompts = valid.view(-1, 2048)[:16, :256]
         self.written = measure.write_on(base, self.prompts)
 
     @torch.inference_mode()
