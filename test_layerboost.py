@@ -52,7 +52,7 @@ import roofline
 import scan as scan_module
 from adapter import LoRALinear, add_adapters, load_adapter, merge_adapters
 from attention import SoftmaxAttention, WindowLinearAttention, linear
-from budget import SCAN_TOKENS, Budget, make_budget
+from budget import SCAN_TOKENS, Budget, Rates, make_budget
 from config import read_config
 from conftest import GOLDEN, TIERS, boosted, needs_cpp, short_run, write_model
 from engine import Engine, Request, move_sequences, prefill
@@ -1502,7 +1502,8 @@ def test_minutes_become_tokens_once(llama, text, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(layerboost, "save_model", stop)  # after healing
     for rate in (1e4, 1e5):
-        monkeypatch.setattr(layerboost, "forward_rate", lambda model, rate=rate: rate)
+        rates = Rates(rate, rate / 6)
+        monkeypatch.setattr(layerboost, "measure_rates", lambda *_, rates=rates: rates)
         assert layerboost.main(flags) == (2 if rate == 1e4 else 130)
     assert (
         "--minutes 0.02: too few for the smallest run on this machine; give 1 or more"
@@ -1511,10 +1512,10 @@ def test_minutes_become_tokens_once(llama, text, tmp_path, monkeypatch, capsys):
 
     made = json.loads((tmp_path / "budget.json").read_text())
     args = layerboost.parse_arguments([*flags, "--plan", "SLX"])
-    budget = make_budget(load_model(str(llama)), args, 512, 1.0)
+    budget = make_budget(load_model(str(llama)), args, 512, rates)
     assert budget.tokens == made["tokens"] and made["tokens"] % 512 == 0
-    assert 0.9 * 1.2 < budget.total / 1e5 <= 1.2
-    monkeypatch.setattr(layerboost, "forward_rate", lambda model: 1e9)
+    assert 0.9 * 1.2 < rates.of(budget) <= 1.2
+    monkeypatch.setattr(layerboost, "measure_rates", lambda *_: Rates(1e9, 1e9))
     assert layerboost.main(flags) == 130
     assert "resumed at" in capsys.readouterr().out
 
