@@ -1,6 +1,6 @@
 """One cache, spent in many ways: what knowing the layers is worth, at equal bytes.
 
-    python results/equal.py MODEL --data FILE --valid FILE [--tasks FILE ...] [ROW ...]
+    python results/equal.py MODEL [ROW ...] --data FILE --valid FILE [--tasks FILE ...]
     python results/equal.py MODEL --data FILE --valid FILE --speed
     python results/equal.py --table
 

@@ -1,6 +1,6 @@
 """What could stand where attention is removed, beside the linear map that does:
 
-    python results/stand_ins.py MODEL --data FILE --valid FILE [FORM ...]
+    python results/stand_ins.py MODEL [FORM ...] --data FILE --valid FILE
 
 Every FORM is fitted from front to back (fit.py) for the six X layers of --keep 8 --drop 6
 (results/smollm2-maps/scan.json), and measured on held-out text; those whose names end in "healed"
@@ -59,13 +59,14 @@ def with_before(x: Tensor) -> Tensor:
 
 
 class FullLinear(LoRALinear):
-    """W + 2 B, where B [d, d] learns: W itself, in float32."""
+    """W + B / 10, where B [d, d] learns: W itself, in float32, at a tenth of the adapters' rate, at
+    which it would leave the fit in a few steps."""
 
     def __init__(self, adapted: LoRALinear):
         super().__init__(adapted.linear, 1, torch.Generator())
         d = adapted.linear.in_features
         del self.A
-        self.register_buffer("A", torch.eye(d))
+        self.register_buffer("A", torch.eye(d) / 20)
         self.B = nn.Parameter(torch.zeros(d, d))
 
 
