@@ -13,6 +13,9 @@ Work is counted, so that a run repeats on any machine: a token through all layer
 is healed on is 6 (the teacher; the student, forward and back). A trial of the scan runs the layers
 from its own on, (n - i) / n. Where text is judged, the output head of both models comes on top, by
 its size.
+
+Seconds are told by two rates of this machine, of a forward pass and of a step of healing: where one
+is fast (bf16 products in AMX, say) the other need not be.
 """
 
 import bisect
@@ -20,14 +23,16 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from distill import Healing, Optimizer, distillation, prepare
 from hub import read_json, require, write_json
-from machine import is_main_process, rank_and_world
+from machine import gather, is_main_process, rank_and_world
 from measure import LEAST_WRITTEN, RECALL_DEPTHS, RECALL_LENGTHS
-from model import Model
-from terminal import clock, say
+from model import Model, convert
+from terminal import clock, progress, say
 from text import CONTEXT
 
 HEALING = 6  # the work of a token that is healed on
@@ -149,10 +154,24 @@ def climb(rungs, work, limit: float):
     return fitting[-1] if fitting else rungs[0]
 
 
-def make_budget(model: Model, args, step: int, rate: float) -> Budget:
-    """The budget of --tokens, or of --minutes at `rate` tokens a second: then OUT/budget.json keeps
-    the tokens for when the run is repeated. step: tokens of a step of healing. Raises InputError
-    for too few minutes."""
+class Rates(NamedTuple):
+    """What all processes do in a second."""
+
+    work: float
+    healing: float  # tokens that are healed on
+
+    def seconds(self, work: float, healed: int = 0) -> float:
+        return work / self.work + healed / self.healing
+
+    def of(self, budget: Budget) -> float:
+        """Seconds of a whole run."""
+        return self.seconds(budget.total - budget.healing, budget.tokens)
+
+
+def make_budget(model: Model, args, step: int, rates: Rates) -> Budget:
+    """The budget of --tokens, or of --minutes at these rates: then OUT/budget.json keeps the tokens
+    for when the run is repeated. step: tokens of a step of healing. Raises InputError for too few
+    minutes."""
     blocks = sum(parameter.numel() for parameter in model.layers.parameters())
     shape = {
         "n_layers": len(model.layers),
@@ -171,19 +190,19 @@ def make_budget(model: Model, args, step: int, rate: float) -> Budget:
     path = Path(args.out) / "budget.json"
     made = read_json(path) if path.exists() else {}
     if made.get("minutes") != args.minutes:
-        tokens = tokens_in(args.minutes, rate, step, shape)
-        made = {"minutes": args.minutes, "tokens": tokens, "forward_tokens_per_second": rate}
+        tokens = tokens_in(args.minutes, rates, step, shape)
+        made = {"minutes": args.minutes, "tokens": tokens, "rates": rates._asdict()}
         if is_main_process():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, made)
     return Budget(made["tokens"], **shape)
 
 
-def tokens_in(minutes: float, rate: float, step: int, shape: dict) -> int:
+def tokens_in(minutes: float, rates: Rates, step: int, shape: dict) -> int:
     """To heal on in whole steps, so that the run of this shape takes at most so many minutes."""
 
     def needed(tokens: int) -> float:
-        return Budget(tokens, **shape).total / rate / 60
+        return rates.of(Budget(tokens, **shape)) / 60
 
     choices = range(LEAST_STEPS * step, 10**10, step)
     fitting = bisect.bisect_right(choices, minutes, key=needed)
@@ -198,9 +217,9 @@ def tokens_in(minutes: float, rate: float, step: int, shape: dict) -> int:
 # --- said at the start -------------------------------------------------------------------------
 
 
-def announce(model: Model, budget: Budget, rate: float, scanned: int, tokens: int, args) -> None:
-    """Says what is going to happen, and about how long it takes here. rate: work a second;
-    scanned: layers that an earlier run has measured; tokens: that are healed on."""
+def announce(model: Model, budget: Budget, rates: Rates, scanned: int, tokens: int, args) -> None:
+    """Says what is going to happen, and about how long it takes here. scanned: layers that an
+    earlier run has measured; tokens: that are healed on."""
     n = len(model.layers)
     ((name, limit),) = args.limits.items()
     kept = f"that keeps {args.keep} layers, drops {args.drop}"
@@ -213,9 +232,9 @@ def announce(model: Model, budget: Budget, rate: float, scanned: int, tokens: in
     else:
         scanning = budget.scan_work(*budget.scan_size, scanned)
         first = f"1. scan      {2 * (n - scanned)} trials"
-        first += f", then a plan {kept}   about {clock(scanning / rate)}"
-    healing = clock((budget.healing + budget.validation) / rate)
-    evaluation = clock((budget.evaluation + DECODING) / rate)
+        first += f", then a plan {kept}   about {clock(rates.seconds(scanning))}"
+    healing = clock(rates.seconds(budget.validation, budget.tokens))
+    evaluation = clock(rates.seconds(budget.evaluation + DECODING))
     watched = f"{budget.validations} validations on {budget.watched * budget.context:,} tokens"
     text = f"{budget.sequences * budget.context:,} tokens"
     passkeys = f"{budget.passkeys} passkeys at each length to {budget.recall_lengths[-1]:,}"
@@ -223,7 +242,7 @@ def announce(model: Model, budget: Budget, rate: float, scanned: int, tokens: in
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     say(
         f"{args.model}: {n} layers, {parameters:.1f}M parameters, {args.dtype} on {args.device}; "
-        f"a forward pass runs at {rate:,.0f} tokens/s here",
+        f"reads {rates.work:,.0f} tokens/s here, heals on {rates.healing:,.0f}",
         first,
         f"2. heal      {tokens:,} tokens, {watched}   about {healing}",
         f"3. evaluate  three models on {text} and {passkeys}   about {evaluation}"
@@ -232,12 +251,30 @@ def announce(model: Model, budget: Budget, rate: float, scanned: int, tokens: in
     )
 
 
-def forward_rate(model: Model) -> float:
-    """Tokens a second of a forward pass, from the second of two."""
+def measure_rates(model: Model, args) -> Rates:
+    """From the second of two forward passes, and of two steps of healing with every other layer
+    linear."""
     tokens = min(CONTEXT, model.config.max_position_embeddings)
-    ids = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
-    with torch.inference_mode():
-        float(model.hidden(ids).sum())
+    text = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
+
+    n = len(model.layers)
+    step = args.batch * args.context
+    settings = Healing(step, rank=args.rank, context=args.context, batch=args.batch)
+    student = convert(model, ("SL" * n)[:n])
+    student.recompute = args.activation_checkpointing
+    optimizer = Optimizer(prepare(student, settings))
+    for parameter in optimizer.trained.values():
+        parameter.requires_grad_(True)
+    read = torch.zeros(settings.together, args.context, dtype=torch.int64, device=model.device)
+
+    for t in progress((1, 2), desc="measuring this machine"):
         start = time.perf_counter()
-        float(model.hidden(ids).sum())
-    return tokens / (time.perf_counter() - start)
+        with torch.inference_mode():
+            float(model.hidden(text).sum())
+        between = time.perf_counter()
+        loss = distillation(model, student, read)
+        optimizer.step(0.0, t)
+        float(loss)
+        end = time.perf_counter()
+    own = tokens / (between - start), read.numel() / (end - between)
+    return Rates(*map(sum, zip(*gather(own))))

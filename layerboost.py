@@ -35,14 +35,13 @@ import report
 import scan
 from adapter import load_adapter, read_adapter
 from attention import compiles
-from budget import SCAN_TOKENS, SCANS, Budget, announce, forward_rate, make_budget
+from budget import SCAN_TOKENS, SCANS, Budget, announce, make_budget, measure_rates
 from config import REMOVED, default_window
 from distill import Healing, heal, healing_bytes, tail_names
 from fit import copy_maps, fit_maps
 from hub import find_model, fingerprint, hash_files, require
 from kernels import FEATURE_MAPS
 from machine import (
-    gather,
     hold_folder,
     is_main_process,
     pick_dtype,
@@ -104,15 +103,15 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     hold_folder(out)
 
     # The budget rules the sizes of all that follows.
-    rate = sum(gather(forward_rate(model)))
-    budget = make_budget(model, args, args.batch * args.context, rate)
+    rates = measure_rates(model, args)
+    budget = make_budget(model, args, args.batch * args.context, rates)
     args.tokens, args.sequences, args.passkeys = budget.tokens, budget.sequences, budget.passkeys
     settings = healing_settings(model, budget, args)
     train, valid = read_text(args, tokenizer, model.config, settings)
 
     # Scan and plan.
     fitting = fitting_text(train, budget.fitting, SCAN_TOKENS)
-    layers = scan_layers(model, tokenizer, train, fitting, tiers, settings, budget, rate, args)
+    layers = scan_layers(model, tokenizer, train, fitting, tiers, settings, budget, rates, args)
     plan = args.plan or make_plan(model, layers, tiers, args)
     say(f"\nPlan: {plan}", *scan.describe_plan(model, plan, tiers, layers, args.measure))
 
@@ -227,7 +226,7 @@ def healing_settings(model: Model, budget: Budget, args) -> Healing:
 
 
 def scan_layers(
-    model: Model, tokenizer: Tokenizer, train, fitting, tiers: dict, settings, budget, rate, args
+    model: Model, tokenizer: Tokenizer, train, fitting, tiers: dict, settings, budget, rates, args
 ) -> list[dict]:
     """The damage of each layer by tier, read from a scan made before, measured, or both; nothing is
     scanned where the plan is stated. Says first what the whole run will do."""
@@ -236,7 +235,7 @@ def scan_layers(
     path, same, layers = earlier_scan(model, train, tiers, budget, args)
     scanned = scan.count_trials(layers) // len(scan.TRIALS)
 
-    announce(model, budget, rate, scanned, settings.trained_tokens, args)
+    announce(model, budget, rates, scanned, settings.trained_tokens, args)
     if args.compile:
         model.compiled_shapes |= {(min(2, count), longest), (settings.together, settings.context)}
     if args.plan:
@@ -258,7 +257,8 @@ def scan_layers(
     seconds = time.monotonic() - start
     left = ""
     if work and seconds > 30:  # of less it tells no rate
-        rest = (budget.total - budget.scan) * seconds / work
+        rest = rates.of(budget) - rates.seconds(budget.scan)
+        rest *= seconds / rates.seconds(work)  # this machine may be slower by now
         left = f"; by its speed the rest takes about {clock(rest)}"
     say(f"The scan took {clock(seconds)}{left}.\n")
     return layers

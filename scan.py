@@ -87,9 +87,19 @@ def kl_probe(model: Model, sequences: Tensor) -> Probe:
         }
         if half:
             columns |= {"kl, text 1": kl[:half], "kl, text 2": kl[half:]}
-        return {name: float(values.mean()) for name, values in columns.items()}
+        figures = {name: float(values.mean()) for name, values in columns.items()}
+        return figures | {"kl, error": stratified_error(kl[:, : 4 * quarter])}
 
     return Probe(batches, damage)
+
+
+def stratified_error(values: Tensor) -> float:
+    """The standard error of the mean of values [N, T], from how the N sequences differ in each
+    quarter of their positions: damage grows with position, which is no error. 0 for one sequence,
+    which tells nothing about it."""
+    quarters = values.unflatten(1, (4, -1)).mean(2)  # (N, 4)
+    variance = quarters.var(0).mean() if len(values) > 1 else torch.zeros(())
+    return float(variance / quarters.numel()) ** 0.5
 
 
 def recall_probe(
@@ -299,24 +309,29 @@ def identity_of(model: Model, text: Tensor, tiers: dict) -> dict:
 
 def costs_of(layers: list[dict], measures: list[str]) -> list[dict[str, float]]:
     """Per layer the damage of each tier, none for S: the sum of the chosen measures, none of them
-    below zero, since a passkey that was easier by luck is no gain. Of recall counts what is beyond
-    its standard error: the noise of a few prompts is larger than the KL of most layers."""
+    below zero. Of recall counts what is beyond its noise, which on a few prompts is larger than the
+    KL of most layers."""
+    noise = recall_noise(layers)
     costs = []
     for row in layers:
         cost = {"S": 0.0}
         for tier in "LX":
             damage = dict(row[tier])
             if "recall" in damage:
-                damage["recall"] -= recall_error(damage)
+                damage["recall"] -= noise[tier]
             cost[tier] = sum(max(0.0, damage[name]) for name in measures)
         costs.append(cost)
     return costs
 
 
-def recall_error(columns: dict[str, float]) -> float:
-    """The standard error of recall, from how the context lengths differ, each a draw of prompts."""
-    by_length = [value for name, value in columns.items() if name.startswith("recall at")]
-    return standard_error(torch.tensor(by_length))
+def recall_noise(layers: list[dict]) -> dict[str, float]:
+    """The standard deviation of recall's noise, by tier. Damage lowers recall and noise goes both
+    ways, so the layers without which passkeys came out likelier show how large it is."""
+    noise = {}
+    for tier in TRIALS:
+        gains = [row[tier]["recall"] for row in layers if row[tier].get("recall", 0.0) < 0]
+        noise[tier] = mean(gain**2 for gain in gains) ** 0.5 if gains else 0.0
+    return noise
 
 
 def plan_paper(costs: list[dict], keep: int, drop: int) -> str:
@@ -418,23 +433,41 @@ def choose(choices: list[Choice], budget: str, limit: float) -> Choice:
 
 
 def chart(layers: list[dict], measures: list[str], plan: str) -> str:
-    """Bars of the damage by layer, on a logarithmic scale since it spans three decades."""
-    costs = costs_of(layers, measures)
+    """Bars of the damage by layer as the planner counts it, on a logarithmic scale since it spans
+    three decades, with standard errors."""
     low = 1e-3
+    costs = costs_of(layers, measures)
     high = max(max(cost["X"], cost["L"]) for cost in costs) + 2 * low
 
-    def bar(value: float) -> str:
-        length = 24 * math.log(max(value, low) / low) / math.log(high / low)
-        return f"{'█' * int(length):24} {value:8.4f}"
+    def bar(cost: float, columns: dict[str, float]) -> str:
+        length = 15 * math.log(max(cost, low) / low) / math.log(high / low)
+        error = damage_error(columns, cost)
+        shown = f"±{error:.4f}" if error else ""
+        return f"{'█' * int(length):15} {cost:8.4f}{shown:8}"
 
     measured = " + ".join(measures)
     lines = [
         f"damage of changing one layer alone, {measured} (logarithmic bars, {low:g} to {high:.2g})",
-        "layer  attention removed (X)              window and linear tail (L)         plan",
+        f"layer  {'attention removed (X)':34}{'window and linear tail (L)':34}plan",
     ]
-    for i, (cost, tier) in enumerate(zip(costs, plan)):
-        lines.append(f"{i:5}  {bar(cost['X'])}  {bar(cost['L'])}  {tier}")
+    for i, (cost, row, tier) in enumerate(zip(costs, layers, plan)):
+        lines.append(f"{i:5}  {bar(cost['X'], row['X'])}  {bar(cost['L'], row['L'])}  {tier}")
+    if "recall" in measures:
+        beyond = " and ".join(
+            f"{noise:.3f} ({tier})" for tier, noise in recall_noise(layers).items()
+        )
+        lines.append(f"recall counts beyond its noise, {beyond} nats")
     return "\n".join(lines)
+
+
+def damage_error(columns: dict[str, float], cost: float) -> float:
+    """The standard error of a damage of which `cost` counts, as far as the scan tells: of recall,
+    where it counts, from how the context lengths differ, each a draw of prompts."""
+    error = columns.get("kl, error", 0.0)
+    if cost > max(0.0, columns.get("kl", 0.0)):
+        by_length = [value for name, value in columns.items() if name.startswith("recall at")]
+        error = math.hypot(error, standard_error(torch.tensor(by_length)))
+    return error
 
 
 def frontier_chart(choices: list[Choice], chosen: str, title: str) -> str:

@@ -55,7 +55,7 @@ import roofline
 import scan as scan_module
 from adapter import LoRALinear, add_adapters, load_adapter, merge_adapters
 from attention import SoftmaxAttention, WindowLinearAttention, linear
-from budget import SCAN_TOKENS, Budget, make_budget
+from budget import SCAN_TOKENS, Budget, Rates, make_budget
 from config import read_config
 from conftest import GOLDEN, TIERS, boosted, needs_cpp, short_run, write_model
 from engine import Engine, Request, move_sequences, next_tokens, prefill, working_bytes
@@ -1530,10 +1530,27 @@ def test_luck_is_no_gain():
     assert costs == [{"S": 0, "X": 0.5, "L": pytest.approx(0.4)}]
     assert scan_module.costs_of([row], ["recall"]) == [{"S": 0, "X": 0, "L": 0.3}]
 
-    noise = {"kl": 0.1, "recall": 0.1, "recall at 512": -0.1, "recall at 1024": 0.3}
-    loss = {"kl": 0.1, "recall": 2.0, "recall at 512": 1.9, "recall at 1024": 2.1}
-    (cost,) = scan_module.costs_of([{"X": loss, "L": noise}], ["kl", "recall"])
-    assert cost["L"] == pytest.approx(0.1) and cost["X"] == pytest.approx(2.1 - 0.1)
+    recalls = [(-0.3, -0.1), (-0.4, 0.1), (2.0, 0.3)]  # of X and L
+    layers = [{"X": {"kl": 0.1, "recall": x}, "L": {"kl": 0.1, "recall": y}} for x, y in recalls]
+    noise = (0.3**2 / 2 + 0.4**2 / 2) ** 0.5
+    assert scan_module.recall_noise(layers) == pytest.approx({"X": noise, "L": 0.1})
+    costs = scan_module.costs_of(layers, ["kl", "recall"])
+    assert [cost["X"] for cost in costs] == pytest.approx([0.1, 0.1, 2.1 - noise])
+    assert [cost["L"] for cost in costs] == pytest.approx([0.1, 0.1, 0.3])
+
+
+def test_the_error_of_a_damage_is_how_far_texts_differ():
+    """Damage that grows with position is no error. The larger one is recall's, where it counts."""
+    grows = torch.arange(8.0).repeat(3, 1)
+    assert scan_module.stratified_error(grows) == 0
+    assert scan_module.stratified_error(grows[:1]) == 0
+    differs = grows + torch.tensor([[-1.0], [0.0], [1.0]])
+    error = scan_module.stratified_error(differs)
+    assert error == pytest.approx((1 / 12) ** 0.5)  # variance 1 in each quarter, 12 of them
+
+    columns = {"kl": 0.2, "kl, error": 0.01, "recall at 96": 1.0, "recall at 128": 1.4}
+    assert scan_module.damage_error(columns, 0.2) == 0.01
+    assert scan_module.damage_error(columns, 1.4) == pytest.approx(0.2, abs=1e-3)
 
 
 def test_spearman():
@@ -1622,7 +1639,8 @@ def test_minutes_become_tokens_once(llama, text, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(layerboost, "save_model", stop)  # after healing
     for rate in (1e4, 1e5):
-        monkeypatch.setattr(layerboost, "forward_rate", lambda model, rate=rate: rate)
+        rates = Rates(rate, rate / 6)
+        monkeypatch.setattr(layerboost, "measure_rates", lambda *_, rates=rates: rates)
         assert layerboost.main(flags) == (2 if rate == 1e4 else 130)
     assert (
         "--minutes 0.02: too few for the smallest run on this machine; give 1 or more"
@@ -1631,10 +1649,10 @@ def test_minutes_become_tokens_once(llama, text, tmp_path, monkeypatch, capsys):
 
     made = json.loads((tmp_path / "budget.json").read_text())
     args = layerboost.parse_arguments([*flags, "--plan", "SLX"])
-    budget = make_budget(load_model(str(llama)), args, 512, 1.0)
+    budget = make_budget(load_model(str(llama)), args, 512, rates)
     assert budget.tokens == made["tokens"] and made["tokens"] % 512 == 0
-    assert 0.9 * 1.2 < budget.total / 1e5 <= 1.2
-    monkeypatch.setattr(layerboost, "forward_rate", lambda model: 1e9)
+    assert 0.9 * 1.2 < rates.of(budget) <= 1.2
+    monkeypatch.setattr(layerboost, "measure_rates", lambda *_: Rates(1e9, 1e9))
     assert layerboost.main(flags) == 130
     assert "resumed at" in capsys.readouterr().out
 

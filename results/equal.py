@@ -1,6 +1,6 @@
 """One cache, spent in many ways: what knowing the layers is worth, at equal bytes.
 
-    python results/equal.py MODEL --data FILE --valid FILE [--tasks FILE ...] [ROW ...]
+    python results/equal.py MODEL [ROW ...] --data FILE --valid FILE [--tasks FILE ...]
     python results/equal.py MODEL --data FILE --valid FILE --speed
     python results/equal.py --table
 
@@ -108,7 +108,7 @@ class Judge:
         self.base, self.tokenizer = base, tokenizer
         self.valid, self.passkeys, self.tasks = valid, passkeys, tasks
         self.targets = measure.hidden_states(base, valid.split(1))
-        self.prompts = valid.view(-1, 1024)[:32, :512]
+        self.prompts = valid.view(-1, 2048)[:8, :256]
         self.written = measure.write_on(base, self.prompts)
 
     @torch.inference_mode()
@@ -153,7 +153,6 @@ def run_row(base: Model, judge: Judge, train: Tensor, settings: dict, tokens: in
         fit_maps(base, student, train.view(-1, 512)[-FITTED // 512 :])
         tokens -= FITTED
     result = {"settings": settings, "cache_bytes": cache_bytes(student, CONTEXT)}
-    result["converted"] = judge.on_text(student)
 
     healing = Healing(tokens, context=context, validations=2)
     has_tail = "L" in plan and tiers.get("feature_map") != "none"
@@ -244,10 +243,10 @@ def main() -> None:
     add("--data")
     add("--valid")
     add("--tasks", nargs="*", default=[], help="question files")
-    add("--items", type=int, default=300, help="of each question file [%(default)s]")
+    add("--items", type=int, default=200, help="of each question file [%(default)s]")
     add("--tokens", type=token_count, default=49_152, help="[%(default)s]")
     add("--sequences", type=int, default=8, help="of 4,096 tokens [%(default)s]")
-    add("--passkeys", type=int, default=20, help="a length [%(default)s]")
+    add("--passkeys", type=int, default=10, help="a length [%(default)s]")
     add("--speed", action="store_true")
     add("--table", action="store_true")
     add("--out", type=Path, default=RESULTS / "equal")
