@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import cpu
+import layerboost
 import terminal
 from config import read_config
 from golden.make_golden import CONFIGS, NASTY, SMALL, formula_weight
@@ -85,6 +86,14 @@ def text(tmp_path_factory) -> Path:
             document = " ".join(draw.choices(words, k=120))
             file.write(json.dumps({"text": document}) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def made(llama, text, tmp_path_factory) -> Path:
+    """The folder of a run with window 16, only to read."""
+    out = tmp_path_factory.mktemp("made") / "out"
+    assert layerboost.main(short_run(llama, text, out, "--measure", "kl", "--tokens", "1k")) == 0
+    return out
 
 
 def boosted(folder: Path, plan: str = "SLX", **settings) -> Model:
