@@ -165,7 +165,7 @@ def two_threads():
 
 @pytest.mark.parametrize("fast_form", FAST_FORMS)
 def test_fast_forms_equal_the_formula_in_long_text(fast_form, two_threads):
-    inputs = random_inputs(1100, "hedgehog", batch=1)
+    inputs = random_inputs(500, "hedgehog", batch=1)
     near(fast_form(*inputs, 64, 4), naive_window_linear_attention(*inputs, 64, 4))
 
 
@@ -493,9 +493,9 @@ GRADIENTS = pytest.mark.parametrize("gradients", [True, False], ids=["torch", "C
 @pytest.mark.parametrize("window,sinks,kind", SETTINGS)
 def test_prefill_in_any_split_then_steps_equals_the_whole(llama, window, sinks, kind, gradients):
     layer = layer_of(llama, kind, window, sinks)
-    x = torch.randn(2, 70, 48)
+    x = torch.randn(2, 50, 48)
     whole = run_layer(layer, x)
-    for splits in (None, [70], [69, 1], [1] * 70, [5, 30] + [1] * 35, [1, 1, 1, 17, 8, 42]):
+    for splits in (None, [50], [49, 1], [1] * 50, [5, 25] + [1] * 20, [1, 1, 1, 17, 8, 22]):
         with torch.set_grad_enabled(gradients):  # the C++ runs without them
             near(run_layer(layer, x, splits), whole)
 
@@ -619,12 +619,12 @@ def test_nothing_sees_the_future(llama):
 def test_a_cache_gives_what_the_whole_sequence_gives(llama, plan, gradients):
     """A window of 8 and 2 sinks: the prompt ends before, at and after the window and the ring."""
     model = boosted(llama, plan)
-    ids = torch.randint(0, 700, (2, 24))
+    ids = torch.randint(0, 700, (2, 20))
     with torch.set_grad_enabled(gradients):
         whole = model(ids)
         for prompt in (7, 8, 9, 10, 11):
-            cache = model.new_cache(2, 24)
-            pieces = [model(piece, cache) for piece in ids.split([prompt] + [1] * (24 - prompt), 1)]
+            cache = model.new_cache(2, 20)
+            pieces = [model(piece, cache) for piece in ids.split([prompt] + [1] * (20 - prompt), 1)]
             near(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
 
 
@@ -1372,15 +1372,13 @@ def test_planners():
     assert paper.count("L") == 3
 
 
-@pytest.mark.parametrize("budget,limit", [("speedup", 1.15), ("cache", 0.5), ("damage", 1.2)])
-def test_the_plan_of_a_budget_is_the_best_of_all_plans(budget, limit, llama):
+def test_the_plan_of_a_budget_is_the_best_of_all_plans(llama):
     """The least damage that is fast or small enough, or the fastest within the damage."""
     model = load_model(str(llama))
     draw = random.Random(1)
     costs = [{"S": 0.0, "L": draw.random(), "X": 1 + draw.random()} for _ in model.layers]
     workload, tiers, a10 = (16, 2048), TIERS | {"removed": "nothing"}, roofline.HARDWARE["a10"]
     choices = scan_module.price_plans(model, costs, tiers, workload, a10)
-    chosen = scan_module.choose(choices, budget, limit)
 
     def measured(plan):
         plan_model = convert(model, plan, **tiers)
@@ -1390,22 +1388,24 @@ def test_the_plan_of_a_budget_is_the_best_of_all_plans(budget, limit, llama):
 
     plans = {plan: measured(plan) for plan in map("".join, itertools.product("SLX", repeat=3))}
     _, seconds, cache = plans["SSS"]
-    assert chosen.speedup == pytest.approx(seconds / plans[chosen.plan][1])
-    assert chosen.cache == pytest.approx(plans[chosen.plan][2] / cache)
-    assert chosen.damage == pytest.approx(plans[chosen.plan][0])
-    if budget == "damage":
-        best = min(values[1] for values in plans.values() if values[0] <= limit)
-        assert plans[chosen.plan][1] == best
-    else:
-        fits = {
-            "speedup": lambda values: seconds / values[1] >= limit,
-            "cache": lambda values: values[2] <= limit * cache,
-        }[budget]
-        best = min(values[0] for values in plans.values() if fits(values))
-        assert chosen.damage == pytest.approx(best)
+    for budget, limit, fits in (
+        ("speedup", 1.15, lambda values: seconds / values[1] >= 1.15),
+        ("cache", 0.5, lambda values: values[2] <= 0.5 * cache),
+        ("damage", 1.2, lambda values: values[0] <= 1.2),
+    ):
+        chosen = scan_module.choose(choices, budget, limit)
+        damage, its_seconds, its_cache = plans[chosen.plan]
+        assert chosen.speedup == pytest.approx(seconds / its_seconds)
+        assert chosen.cache == pytest.approx(its_cache / cache)
+        assert chosen.damage == pytest.approx(damage)
+        within = [values for values in plans.values() if fits(values)]
+        if budget == "damage":
+            assert its_seconds == min(values[1] for values in within)
+        else:
+            assert damage == pytest.approx(min(values[0] for values in within))
 
-    chart = scan_module.frontier_chart(choices, chosen.plan, "").splitlines()
-    assert sum(line.endswith("<- plan") for line in chart) == 1
+        chart = scan_module.frontier_chart(choices, chosen.plan, "").splitlines()
+        assert sum(line.endswith("<- plan") for line in chart) == 1
 
 
 def test_luck_is_no_gain():
@@ -2426,7 +2426,7 @@ def test_two_processes_scan_and_heal_as_one_does(launch, llama, text, tmp_path):
     on for one of them alone."""
     valid = tmp_path / "valid.txt"
     valid.write_text("the key of and model " * 120)
-    flags = ["--measure", "kl", "--keep", "1", "--drop", "1", "--valid", str(valid), "--batch", "2"]
+    flags = "--measure kl --keep 1 --drop 1 --batch 2 --tokens 3k --valid".split() + [str(valid)]
     assert layerboost.main(short_run(llama, text, tmp_path / "one", *flags)) == 0
     printed = launch(short_run(llama, text, tmp_path / "two", *flags))
     assert printed.count("Plan:") == 1
