@@ -3,8 +3,8 @@ what the whole sequence gives, logits and token ids equal Hugging Face's (golden
 the naive one, healing heals and resumes exactly, every measure is its definition, and the commands
 do what they say. Bad input and odd machines are in test_edges.py.
 
-    python -m pytest             minutes
-    python -m pytest -m slow     what takes longer: torch.compile, the embedded model healed"""
+    python -m pytest             a minute
+    python -m pytest -m slow     what takes longer: Inductor, torchrun, the embedded model healed"""
 
 import argparse
 import functools
