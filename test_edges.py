@@ -66,7 +66,7 @@ def test_a_fresh_process_starts_at_once_and_without_a_compiler(llama, tmp_path):
     --prompt needs them. Without g++ torch runs, and one line says so."""
     code = f"""
 import sys, layerboost, model
-print(model.load_model({str(llama)!r}).generate([5, 6], 3).shape)
+print(model.load_model({str(llama)!r}, "SLX").generate([5, 6], 3).shape)
 print({{"torch._dynamo", "huggingface_hub"}} & set(sys.modules))"""
     run = run_python(code, CXX="no-such-compiler", XDG_CACHE_HOME=str(tmp_path))
     assert run.stdout.splitlines() == ["torch.Size([1, 5])", "set()"], run.stderr
