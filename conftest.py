@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 import cpu
+import layerboost
+import report
 import terminal
 from config import read_config
 from golden.make_golden import CONFIGS, NASTY, SMALL, formula_weight
@@ -23,6 +25,7 @@ TIERS = {"window": 8, "sinks": 2, "feature_map": "hedgehog"}
 
 # Small tensors: two threads would wait for each other longer than they compute.
 torch.set_num_threads(1)
+report.DECODED = 2  # sequences; nobody reads the speed of these models
 
 needs_cpp = pytest.mark.skipif(not cpu.compiler_works(), reason="needs a C++ compiler with OpenMP")
 
@@ -76,15 +79,23 @@ def llama(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> Path:
-    """Training text: 40 documents of random words."""
+    """Training text: 24 documents of random words."""
     draw = random.Random(0)
     words = " ".join(NASTY).split() + ["the", "key", "of", "and", "model"]
     path = tmp_path_factory.mktemp("text") / "text.jsonl.gz"
     with gzip.open(path, "wt", encoding="utf-8") as file:
-        for _ in range(40):
+        for _ in range(24):
             document = " ".join(draw.choices(words, k=120))
             file.write(json.dumps({"text": document}) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def made(llama, text, tmp_path_factory) -> Path:
+    """The folder of a run with window 16, only to read."""
+    out = tmp_path_factory.mktemp("made") / "out"
+    assert layerboost.main(short_run(llama, text, out, "--measure", "kl", "--tokens", "1k")) == 0
+    return out
 
 
 def boosted(folder: Path, plan: str = "SLX", **settings) -> Model:
