@@ -31,6 +31,7 @@ BLANK = "▁"  # a space, in vocabularies of the SentencePiece kind
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, left by text that is not UTF-8
 UNFIT = (LookupError, TypeError, ValueError, AttributeError, RecursionError, regex.error)
 WORDS_KEPT, LONGEST_KEPT = 1 << 17, 64  # how many words' ids are kept; characters of such a word
+SPLIT_SECONDS = 10  # that a pattern may take, and as many for every million characters
 
 
 class Tokenizer:
@@ -72,7 +73,8 @@ class Tokenizer:
     def encode(self, text: str, special: bool = True, restore=None) -> list[int]:
         """The ids of a text; `special=False` leaves out the prefix and suffix. `restore` maps what
         stands between added tokens to its final form: those that it spells there stay text. Raises
-        InputError where config.json, beside tokenizer.json, has too few embeddings for an id."""
+        InputError where config.json, beside tokenizer.json, has too few embeddings for an id, and
+        where a pattern backtracks for longer than SPLIT_SECONDS allows."""
         ids: list[int] = []
         at_start = True
         for piece, added in cut_out(*self.verbatim, SURROGATE.sub("\ufffd", text)):
@@ -111,7 +113,13 @@ class Tokenizer:
 
         words = [text]
         for pattern in self.patterns:
-            words = [part for word in words for part in split(pattern, word)]
+            try:
+                words = [part for word in words for part in split(pattern, word)]
+            except TimeoutError:
+                raise InputError(
+                    f"{self.path}: its pattern {pattern.pattern[1:-1]!r:.200} takes too long to "
+                    f"split a text of {len(text):,} characters; use the model's own tokenizer.json"
+                ) from None
         ids: list[int] = []
         for word in words:
             ids += self.known_word(word) if len(word) <= LONGEST_KEPT else self.encode_word(word)
@@ -324,8 +332,8 @@ def cut_out(added: dict[str, int], splitter: re.Pattern, text: str) -> list:
 
 def split(pattern: regex.Pattern, text: str) -> list[str]:
     """What the first group of a pattern matches, and what lies between. Other groups, which
-    Pattern.split gives as well, are left out."""
-    pieces = pattern.split(text)
+    Pattern.split gives as well, are left out. Raises TimeoutError."""
+    pieces = pattern.split(text, timeout=SPLIT_SECONDS * (1 + len(text) / 1e6))
     return [piece for i, piece in enumerate(pieces) if piece and i % (pattern.groups + 1) < 2]
 
 
