@@ -112,9 +112,10 @@ class Tokenizer:
             text = BLANK + text if wanted and not text.startswith(BLANK) else text
 
         words = [text]
+        limit = SPLIT_SECONDS * (1 + len(text) / 1e6) if self.has_split else None
         for pattern in self.patterns:
             try:
-                words = [part for word in words for part in split(pattern, word)]
+                words = [part for word in words for part in split(pattern, word, limit)]
             except TimeoutError:
                 raise InputError(
                     f"{self.path}: its pattern {pattern.pattern[1:-1]!r:.200} takes too long to "
@@ -231,6 +232,7 @@ class Tokenizer:
         self.byte_level = "ByteLevel" in kinds
         self.prepend = None  # "always", "first" or "never" where Metaspace replaces spaces
         self.patterns = []
+        self.has_split = "Split" in kinds  # the file's own pattern, which may take for ever
         for part in parts:
             pattern = self.read_pattern(part)
             if pattern is None or part["type"] == "ByteLevel" and part is not parts[-1]:
@@ -330,10 +332,10 @@ def cut_out(added: dict[str, int], splitter: re.Pattern, text: str) -> list:
     return [(piece, added.get(piece)) for piece in pieces if piece]
 
 
-def split(pattern: regex.Pattern, text: str) -> list[str]:
+def split(pattern: regex.Pattern, text: str, seconds: float | None) -> list[str]:
     """What the first group of a pattern matches, and what lies between. Other groups, which
     Pattern.split gives as well, are left out. Raises TimeoutError."""
-    pieces = pattern.split(text, timeout=SPLIT_SECONDS * (1 + len(text) / 1e6))
+    pieces = pattern.split(text, timeout=seconds)
     return [piece for i, piece in enumerate(pieces) if piece and i % (pattern.groups + 1) < 2]
 
 
