@@ -128,7 +128,8 @@ class Model(nn.Module):
         self.recompute = False
 
         size = config.hidden_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, size)
+        empty = torch.empty(config.vocab_size, size)
+        self.embed_tokens = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(size, config.rms_norm_eps)
         self.lm_head = None
