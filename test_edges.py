@@ -1328,6 +1328,18 @@ def test_output_that_nobody_reads_ends_the_run_without_a_word(monkeypatch, capsy
     assert not capsys.readouterr().err
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="of Linux")
+def test_output_onto_a_full_disk_is_one_line(monkeypatch, capsys):
+    def bad_input():
+        raise InputError("wrong")
+
+    for name, run in (("stdout", lambda: print("a line")), ("stderr", bad_input)):
+        with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+            patch.setattr(sys, name, full)
+            assert terminal.run_program("layerboost", run) == 2
+    assert capsys.readouterr().err == f"layerboost: --out: {os.strerror(errno.ENOSPC)}\n"
+
+
 def test_a_closed_terminal_ends_the_run_without_a_word(monkeypatch):
     """stderr whose reader has left, and streams that were closed before the start."""
 

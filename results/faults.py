@@ -14,6 +14,7 @@ import errno
 import io
 import itertools
 import json
+import mmap
 import os
 import random
 import shutil
@@ -109,22 +110,21 @@ def fill_disk(path: Path) -> None:
 
 
 def full_disks(size: str, flags: list[str], folder: Path, whole: Path) -> int:
-    """A tmpfs that gets full, but for 0 to 3 pages, before the next file after the n-th of a run is
-    written, for every n; then there is room again, and the same command goes on."""
-    out, draw = folder / "disk", random.Random(0)
-    ballast = out / "ballast"
+    """A tmpfs that is full, or has a page left, after the n-th file of a run, for every n; then
+    there is room again, and the same command goes on."""
+    out, ballast = folder / "disk", folder / "disk/ballast"
     out.mkdir()
 
     def fill(_path: Path) -> None:
-        free = shutil.disk_usage(out).free - 4096 * draw.randrange(4)
+        free = shutil.disk_usage(out).free - n % 2 * mmap.PAGESIZE
         with open(ballast, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(4096, free))
+            os.posix_fallocate(file.fileno(), 0, max(mmap.PAGESIZE, free))
 
     for n in itertools.count(1):
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", out], check=True)
         try:
             code, line = run(out, flags, fault=at_write(n, fill, after=True))
-            said = code == 2 and line.endswith(os.strerror(errno.ENOSPC))
+            said = code == 2 and os.strerror(errno.ENOSPC) in line
             wrong = [path.name for path in out.glob("*.partial")] + [line] * (code and not said)
             for checkpoint in out.glob("healing*.safetensors"):
                 distill.read_checkpoint(checkpoint)  # raises InputError
