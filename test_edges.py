@@ -1481,9 +1481,10 @@ def test_too_little_text_is_said(llama, tmp_path, capsys):
         assert f"{flag}: too little text: it has 8 tokens, {needed} are needed" in error
 
 
-def test_help_does_not_wait_for_what_it_does_not_need():
+def test_help_and_loading_do_not_wait_for_what_they_do_not_need():
     """torch's compiler takes three seconds to import, the Hub a third of one."""
-    code = "import sys, layerboost; print({'torch._dynamo', 'huggingface_hub'} & set(sys.modules))"
+    code = "import sys, layerboost; layerboost.load_model('tiny')"
+    code += "; print({'torch._dynamo', 'huggingface_hub'} & set(sys.modules))"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True
     )
