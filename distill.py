@@ -216,9 +216,9 @@ class Run:
         self.checkpoint, self.before, self.distilled = checkpoint_files(checkpoint)
         everything = identity | asdict(settings) | {"average": AVERAGE, "steady": STEADY}
         self.identity = json.loads(json.dumps(everything))  # as a checkpoint gives it back
-        path = find_checkpoint(checkpoint, settings, self.identity)
+        path, state, tensors = find_checkpoint(checkpoint, settings, self.identity)
         if path:
-            self.load(path)
+            self.load(path, state, tensors)
         self.is_sound = path == checkpoint  # what is there, so that it may replace the one before
 
         rank, world = rank_and_world()
@@ -226,8 +226,10 @@ class Run:
         parts = [ids for ids in share if len(ids)]
         self.targets = list(zip(parts, hidden_states(teacher, parts)))
 
-    def load(self, path: Path) -> None:
-        state, tensors = read_checkpoint(path)
+    def load(self, path: Path, state: dict, tensors: dict[str, Tensor]) -> None:
+        own = self.optimizer.state().items()
+        fits = all(name in tensors and tensors[name].shape == x.shape for name, x in own)
+        require(fits, f"{path}: holds other tensors than this run learns; delete it to start anew")
         self.optimizer.load(tensors)
         self.step = state["step"]
         curve = state["curve"]
@@ -343,16 +345,15 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
     return {name: json.loads(value) for name, value in metadata.items()}, tensors
 
 
-def find_checkpoint(checkpoint: Path, settings: Healing, identity: dict) -> Path | None:
-    """The first of a run's files that it can go on from: one made with the same budget, or one that
-    is not past stage 2 of either budget. One that is damaged, or was made where something other
-    than the budget differs, is named and passed over. None where there is no file; InputError where
-    there are files and none will do."""
-    done = 0
-    wrong = []
+def find_checkpoint(checkpoint: Path, settings: Healing, identity: dict) -> tuple:
+    """The first of a run's files that it can go on from, with what it holds: one made with the same
+    budget, or one that is not past stage 2 of either budget. One that is damaged, or was made where
+    something other than the budget differs, is named and passed over. (None, {}, {}) where there is
+    no file; InputError where there are files and none will do."""
+    done, wrong = 0, []
     for path in filter(Path.exists, checkpoint_files(checkpoint)):
         try:
-            state, _ = read_checkpoint(path)
+            state, tensors = read_checkpoint(path)
             check_identity(path, state["identity"], identity)
         except InputError as error:
             wrong.append(error)
@@ -362,7 +363,7 @@ def find_checkpoint(checkpoint: Path, settings: Healing, identity: dict) -> Path
         least = min(made.short_steps, settings.short_steps)
         if made.tokens == settings.tokens or state["step"] <= least:
             say(*wrong, *[f"the one before it is used: {path}"] * bool(wrong))
-            return path
+            return path, state, tensors
         done = max(done, made.tokens_after(state["step"]))
 
     if wrong:
@@ -372,7 +373,7 @@ def find_checkpoint(checkpoint: Path, settings: Healing, identity: dict) -> Path
         f"--tokens {settings.tokens}: the run in {checkpoint.parent} is at {done:,} tokens; "
         "give more, or another --out",
     )
-    return None
+    return None, {}, {}
 
 
 def check_identity(path: Path, made_with: dict, identity: dict) -> None:
@@ -534,6 +535,5 @@ class Optimizer:
             parameter.copy_(state[name])
             self.averages[name].copy_(state[f"{name}/average"])
             for key in ("step", "exp_avg", "exp_avg_sq"):
-                if f"{name}/{key}" in state:
-                    x = state[f"{name}/{key}"].to(parameter.device, copy=True)
-                    self.adam.state[parameter][key] = x
+                if (x := state.get(f"{name}/{key}")) is not None:
+                    self.adam.state[parameter][key] = x.to(parameter.device, copy=True)

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FEATURE_MAPS = ("softmax", "hedgehog", "elu", "relu", "favor", "none")
+LARGEST = 1e12  # feature: the product of two, times a value, summed over a text, is still a float32
 
 
 # --- norm, activation, rotary embedding --------------------------------------------------------
@@ -93,10 +94,12 @@ def feature_map(x: Tensor, kind: str, weight: Tensor) -> Tensor:
     if kind == "softmax":
         return y.softmax(-1)
     if kind == "elu":
-        return F.elu(y) + 1
-    if kind == "relu":
-        return F.relu(y) + 1e-3
-    return torch.exp(y - x.square().sum(-1, keepdim=True) / 2) * weight.shape[1] ** -0.5
+        phi = F.elu(y) + 1
+    elif kind == "relu":
+        phi = F.relu(y) + 1e-3
+    else:
+        phi = torch.exp(y - x.square().sum(-1, keepdim=True) / 2) * weight.shape[1] ** -0.5
+    return phi.clamp(max=LARGEST)
 
 
 def favor_projection(heads: int, head_dim: int) -> Tensor:

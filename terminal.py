@@ -93,9 +93,10 @@ def run_program(name: str, run, kept=lambda: "") -> int:
         code, message = 2, str(error)
     except BrokenPipeError:  # as of `| head`
         code = 141
-        drop_broken_pipes()
+        drop_broken_streams()
     except OSError as error:
         code, message = 2, f"{error.filename or '--out'}: {error.strerror or error}"
+        drop_broken_streams()  # where the full disk is that of stdout
     except Diverged as error:
         code, message = 1, str(error)
     except ProcessLost as error:  # maybe the main one
@@ -110,8 +111,8 @@ def run_program(name: str, run, kept=lambda: "") -> int:
             left = last_words(kept) if code != 2 else ""
             try:
                 print(visible(f"{name}: {message}{left}"), file=sys.stderr, flush=True)
-            except BrokenPipeError:
-                drop_broken_pipes()
+            except OSError:
+                drop_broken_streams()
         release_folders()
     return code
 
@@ -126,12 +127,12 @@ def mend_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
-def drop_broken_pipes() -> None:
+def drop_broken_streams() -> None:
     """What is flushed at exit goes nowhere, or would fail again."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

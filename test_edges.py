@@ -11,9 +11,11 @@ import io
 import itertools
 import json
 import os
+import random
 import re
 import resource
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -38,6 +40,7 @@ import measure
 import report
 import scan as scan_module
 import terminal
+import tokenizer
 from config import read_config
 from conftest import GOLDEN, boosted, needs_cpp, short_run, write_model
 from golden.make_golden import CONFIGS, SMALL
@@ -658,7 +661,10 @@ def fuzz_target(kind: str, llama: Path, folder: Path):
     return path, items, lambda: prompts(measure.read_task(str(path)))
 
 
-@pytest.mark.parametrize("examples", [25, pytest.param(1000, marks=pytest.mark.slow)])
+FUZZ = int(os.environ.get("FUZZ", 1000))  # examples of each kind under -m slow
+
+
+@pytest.mark.parametrize("examples", [25, pytest.param(FUZZ, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", FUZZED)
 def test_a_damaged_file_is_read_or_refused_in_one_line(kind, examples, llama, tmp_path, capsys):
     """Nothing but InputError, no memory beyond that of the file and a model of this size."""
@@ -925,6 +931,19 @@ def test_a_pattern_that_is_none_says_so(tmp_path):
 
     with pytest.raises(InputError, match="damaged .*download it again"):
         tokenizer_with(tmp_path, change)
+
+
+def test_a_pattern_that_backtracks_without_end_is_named(tmp_path, monkeypatch):
+    def change(spec):
+        split = {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": "(?:a|aa)+$"}}
+        spec["pre_tokenizer"]["pretokenizers"][0] = split
+
+    assert not any(load_tokenizer(str(path)).is_timed for path in (GOLDEN / "tokenizers").iterdir())
+    monkeypatch.setattr(tokenizer, "SPLIT_SECONDS", 0.1)
+    evil = tokenizer_with(tmp_path, change)
+    assert evil.encode("a" * 60) and evil.encode("ab" * 5000)
+    with pytest.raises(InputError, match=r"json: its pattern '\(\?:a\|aa\)\+\$' takes too long"):
+        evil.encode("a" * 60 + "b")
 
 
 def test_bytes_for_only_some_characters_are_refused(tmp_path):
@@ -1261,6 +1280,23 @@ def test_a_full_disk_is_one_line_at_each_write_and_loses_nothing(
         assert (out / name).read_bytes() == (made / name).read_bytes(), name
 
 
+def test_a_run_that_is_killed_ends_with_the_same_files(made, llama, text, tmp_path):
+    """SIGKILL at a random moment of scan or healing. results/faults.py does that many times."""
+    out = tmp_path / "out"
+    flags = short_run(llama, text, out, "--measure", "kl", "--tokens", "1k")
+    code = f"import distill, layerboost\ndistill.CHECKPOINT_SECONDS = 0\nlayerboost.main({flags})"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.DEVNULL) as run:
+        while run.poll() is None and not (out / "scan.json").exists():
+            time.sleep(0.005)
+        time.sleep(random.Random(0).uniform(0, 0.5))
+        run.kill()
+    assert run.returncode == -signal.SIGKILL
+
+    assert layerboost.main(flags) == 0
+    for name in ("model.safetensors", "scan.json", "config.json"):
+        assert (out / name).read_bytes() == (made / name).read_bytes(), name
+
+
 def test_two_processes_do_not_share_a_folder(tmp_path, capsys):
     """The lock of one that is killed goes with it."""
     out = tmp_path / "out"
@@ -1288,6 +1324,18 @@ def test_output_that_nobody_reads_ends_the_run_without_a_word(monkeypatch, capsy
         assert terminal.run_program("layerboost", lambda: terminal.say("a line")) == 141
         assert terminal.run_program("report", lambda: print("a line")) == 0  # goes nowhere
     assert not capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="of Linux")
+def test_output_onto_a_full_disk_is_one_line(monkeypatch, capsys):
+    def bad_input():
+        raise InputError("wrong")
+
+    for name, run in (("stdout", lambda: print("a line")), ("stderr", bad_input)):
+        with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+            patch.setattr(sys, name, full)
+            assert terminal.run_program("layerboost", run) == 2
+    assert capsys.readouterr().err == f"layerboost: --out: {os.strerror(errno.ENOSPC)}\n"
 
 
 def test_a_closed_terminal_ends_the_run_without_a_word(monkeypatch):

@@ -246,9 +246,11 @@ def test_scores_of_10000_and_features_of_1e30_do_no_harm(form):
             )
 
     exact = form(query, key, value, phi_query, phi_key, b + 60, 8, 2)[:, :, 10:]
-    for more in ((1e30, 1), (1, 1e30)):
+    for more in ((1e30, 1), (1, 1e30), (kernels.LARGEST, kernels.LARGEST)):
         large = form(query, key, value, more[0] * phi_query, more[1] * phi_key, b, 8, 2)[:, :, 10:]
         near(large, exact)
+    for kind in ("elu", "relu", "favor"):
+        assert feature_map(1e30 * query, kind, torch.ones(4, 8, 12)).max() <= kernels.LARGEST
 
 
 @pytest.mark.parametrize("plan", ["SSS", "SLX", "LLL"])
@@ -1897,6 +1899,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
         assert lines[2] == "resumed at 256 of 1,792 tokens"
         assert distill.read_checkpoint(before)[0]["step"] == 2  # no damaged one took its place
     assert_same_weights(heal_small(llama, checkpoint)[0], healed[0])
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:1], torch.flatten, None])
+def test_a_checkpoint_of_other_tensors_is_named(change, llama, tmp_path, monkeypatch):
+    """As of a fork that learns other ones: its content and its hash agree."""
+    checkpoint = tmp_path / "healing.safetensors"
+    state = distill.Optimizer.state
+
+    def other_state(self):
+        tensors = state(self)
+        adapter = tensors.pop("layers.0.mlp.up_proj.A")
+        return tensors | ({"layers.0.mlp.up_proj.A": change(adapter)} if change else {})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distill.Optimizer, "state", other_state)
+        heal_until(2, monkeypatch, llama, checkpoint)
+    with pytest.raises(InputError, match=f"{checkpoint}: holds other tensors than this run learns"):
+        heal_small(llama, checkpoint)
 
 
 @pytest.mark.slow

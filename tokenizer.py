@@ -27,10 +27,16 @@ from torch import Tensor
 from hub import InputError, find_model, read_json
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+KNOWN_TO_END = (LLAMA3_PATTERN, LLAMA3_PATTERN.replace("{1,3}", ""))  # that one: of Qwen2 and 3
 BLANK = "▁"  # a space, in vocabularies of the SentencePiece kind
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, left by text that is not UTF-8
 UNFIT = (LookupError, TypeError, ValueError, AttributeError, RecursionError, regex.error)
 WORDS_KEPT, LONGEST_KEPT = 1 << 17, 64  # how many words' ids are kept; characters of such a word
+SPLIT_SECONDS = 10  # that another pattern may take, and as many for every million characters
 
 
 class Tokenizer:
@@ -72,7 +78,8 @@ class Tokenizer:
     def encode(self, text: str, special: bool = True, restore=None) -> list[int]:
         """The ids of a text; `special=False` leaves out the prefix and suffix. `restore` maps what
         stands between added tokens to its final form: those that it spells there stay text. Raises
-        InputError where config.json, beside tokenizer.json, has too few embeddings for an id."""
+        InputError where config.json, beside tokenizer.json, has too few embeddings for an id, and
+        where a pattern backtracks for longer than SPLIT_SECONDS allows."""
         ids: list[int] = []
         at_start = True
         for piece, added in cut_out(*self.verbatim, SURROGATE.sub("\ufffd", text)):
@@ -110,8 +117,15 @@ class Tokenizer:
             text = BLANK + text if wanted and not text.startswith(BLANK) else text
 
         words = [text]
+        limit = SPLIT_SECONDS * (1 + len(text) / 1e6) if self.is_timed else None
         for pattern in self.patterns:
-            words = [part for word in words for part in split(pattern, word)]
+            try:
+                words = [part for word in words for part in split(pattern, word, limit)]
+            except TimeoutError:
+                raise InputError(
+                    f"{self.path}: its pattern {pattern.pattern[1:-1]!r:.200} takes too long to "
+                    f"split a text of {len(text):,} characters; use the model's own tokenizer.json"
+                ) from None
         ids: list[int] = []
         for word in words:
             ids += self.known_word(word) if len(word) <= LONGEST_KEPT else self.encode_word(word)
@@ -223,10 +237,12 @@ class Tokenizer:
         self.byte_level = "ByteLevel" in kinds
         self.prepend = None  # "always", "first" or "never" where Metaspace replaces spaces
         self.patterns = []
+        self.is_timed = False  # a file's own pattern may backtrack for ever; a clock costs a fifth
         for part in parts:
             pattern = self.read_pattern(part)
             if pattern is None or part["type"] == "ByteLevel" and part is not parts[-1]:
                 raise self.unsupported(f"a pre-tokenizer of the kind {' + '.join(kinds)}")
+            self.is_timed |= part["type"] == "Split" and pattern not in KNOWN_TO_END
             if pattern:
                 self.patterns.append(regex.compile(f"({pattern})", regex.V1))
 
@@ -322,10 +338,10 @@ def cut_out(added: dict[str, int], splitter: re.Pattern, text: str) -> list:
     return [(piece, added.get(piece)) for piece in pieces if piece]
 
 
-def split(pattern: regex.Pattern, text: str) -> list[str]:
+def split(pattern: regex.Pattern, text: str, seconds: float | None) -> list[str]:
     """What the first group of a pattern matches, and what lies between. Other groups, which
-    Pattern.split gives as well, are left out."""
-    pieces = pattern.split(text)
+    Pattern.split gives as well, are left out. Raises TimeoutError."""
+    pieces = pattern.split(text, timeout=seconds)
     return [piece for i, piece in enumerate(pieces) if piece and i % (pattern.groups + 1) < 2]
 
 

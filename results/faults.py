@@ -2,6 +2,7 @@
 same command goes on, and must end with the files of a run that nothing happened to.
 
     python results/faults.py 30 [flags of layerboost.py]    the number of kills at random moments
+    python results/faults.py 0 --disk 256M [flags]          a tmpfs of that size instead (as root)
 
 Without flags: the embedded model, scanned, planned, healed on 4k tokens. Each run is a fork of
 this process, so that torch is imported once. Prints a line for each fault, and exits 1 where one
@@ -11,11 +12,14 @@ did harm.
 import argparse
 import errno
 import io
+import itertools
 import json
+import mmap
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -72,18 +76,23 @@ def differences(ours: Path, theirs: Path) -> list[str]:
     return wrong + [path.name for path in ours.glob("*.partial")]
 
 
-def at_write(count: int, act):
-    """A fault: act(temporary file) at the count-th file that is written, before its rename."""
+def at_write(count: int, act, after: bool = False):
+    """A fault: act(temporary file) at the count-th file that is written, before its rename, or
+    after it."""
     left = [count]
 
     def install():
         replace = os.replace
 
         def counting(source, target):
-            left[0] -= str(source).endswith(".partial")
-            if not left[0]:
+            is_written = str(source).endswith(".partial")
+            left[0] -= is_written
+            now = is_written and left[0] == 0
+            if now and not after:
                 act(Path(source))
             replace(source, target)
+            if now and after:
+                act(Path(source))
 
         os.replace = counting
 
@@ -98,6 +107,36 @@ def fill_disk(path: Path) -> None:
     with open(path, "r+b") as file:
         file.truncate(path.stat().st_size // 2)
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_disks(size: str, flags: list[str], folder: Path, whole: Path) -> int:
+    """A tmpfs that is full, or has a page left, after the n-th file of a run, for every n; then
+    there is room again, and the same command goes on."""
+    out, ballast = folder / "disk", folder / "disk/ballast"
+    out.mkdir()
+
+    def fill(_path: Path) -> None:
+        free = shutil.disk_usage(out).free - n % 2 * mmap.PAGESIZE
+        with open(ballast, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(mmap.PAGESIZE, free))
+
+    for n in itertools.count(1):
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", out], check=True)
+        try:
+            code, line = run(out, flags, fault=at_write(n, fill, after=True))
+            said = code == 2 and os.strerror(errno.ENOSPC) in line
+            wrong = [path.name for path in out.glob("*.partial")] + [line] * (code and not said)
+            for checkpoint in out.glob("healing*.safetensors"):
+                distill.read_checkpoint(checkpoint)  # raises InputError
+            ballast.unlink(missing_ok=True)
+            more, last = run(out, flags)
+            wrong += differences(out, whole) if more == 0 else [last]
+        finally:
+            subprocess.run(["umount", "-l", out], check=True)
+        said = line.replace(str(out), "") if code else "enough room"
+        print(f"full after {n} files, {said}: {wrong or 'the same files'}", flush=True)
+        if wrong or code == 0:
+            return len(wrong)
 
 
 def flip(path: Path) -> None:
@@ -116,11 +155,14 @@ def damages(other: Path) -> dict:
     }
 
 
-def main(count: int, flags: list[str], folder: Path) -> int:
+def main(count: int, disk: str, flags: list[str], folder: Path) -> int:
     whole = folder / "whole"
     with redirect_stdout(io.StringIO()):  # in this process, so that all is imported
         assert layerboost.main([*flags, "--out", str(whole)]) == 0
     time.sleep(2 * terminal.BEAT_SECONDS)  # until its bars' threads are gone: a fork has no threads
+    if disk:
+        return full_disks(disk, flags, folder, whole)
+
     start = time.monotonic()
     code, line = run(folder / "again", flags)
     seconds = time.monotonic() - start
@@ -181,9 +223,10 @@ def main(count: int, flags: list[str], folder: Path) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kills", type=int)
+    parser.add_argument("--disk")
     given, flags = parser.parse_known_args()
     torch.set_num_threads(1)
     distill.CHECKPOINT_SECONDS = 0.1
     report.decode_times = lambda engines, *_: {name: [1.0] for name in engines}  # takes long
     with tempfile.TemporaryDirectory() as folder:
-        sys.exit(main(given.kills, flags or SMALL, Path(folder)))
+        sys.exit(main(given.kills, given.disk, flags or SMALL, Path(folder)))
