@@ -939,7 +939,6 @@ def test_a_pattern_that_backtracks_without_end_is_named(tmp_path, monkeypatch):
         split = {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": "(?:a|aa)+$"}}
         spec["pre_tokenizer"]["pretokenizers"][0] = split
 
-    assert not any(load_tokenizer(str(path)).is_timed for path in (GOLDEN / "tokenizers").iterdir())
     monkeypatch.setattr(tokenizer, "SPLIT_SECONDS", 0.1)
     evil = tokenizer_with(tmp_path, change)
     assert evil.encode("a" * 60) and evil.encode("ab" * 5000)

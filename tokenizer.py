@@ -27,16 +27,11 @@ from torch import Tensor
 from hub import InputError, find_model, read_json
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-KNOWN_TO_END = (LLAMA3_PATTERN, LLAMA3_PATTERN.replace("{1,3}", ""))  # that one: of Qwen2 and 3
 BLANK = "▁"  # a space, in vocabularies of the SentencePiece kind
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, left by text that is not UTF-8
 UNFIT = (LookupError, TypeError, ValueError, AttributeError, RecursionError, regex.error)
 WORDS_KEPT, LONGEST_KEPT = 1 << 17, 64  # how many words' ids are kept; characters of such a word
-SPLIT_SECONDS = 10  # that another pattern may take, and as many for every million characters
+SPLIT_SECONDS = 10  # that a file's own pattern may take, and as many for every million characters
 
 
 class Tokenizer:
@@ -117,7 +112,7 @@ class Tokenizer:
             text = BLANK + text if wanted and not text.startswith(BLANK) else text
 
         words = [text]
-        limit = SPLIT_SECONDS * (1 + len(text) / 1e6) if self.is_timed else None
+        limit = SPLIT_SECONDS * (1 + len(text) / 1e6) if self.has_split else None
         for pattern in self.patterns:
             try:
                 words = [part for word in words for part in split(pattern, word, limit)]
@@ -237,12 +232,11 @@ class Tokenizer:
         self.byte_level = "ByteLevel" in kinds
         self.prepend = None  # "always", "first" or "never" where Metaspace replaces spaces
         self.patterns = []
-        self.is_timed = False  # a file's own pattern may backtrack for ever; a clock costs a fifth
+        self.has_split = "Split" in kinds  # a file's own pattern, which may backtrack for ever
         for part in parts:
             pattern = self.read_pattern(part)
             if pattern is None or part["type"] == "ByteLevel" and part is not parts[-1]:
                 raise self.unsupported(f"a pre-tokenizer of the kind {' + '.join(kinds)}")
-            self.is_timed |= part["type"] == "Split" and pattern not in KNOWN_TO_END
             if pattern:
                 self.patterns.append(regex.compile(f"({pattern})", regex.V1))
 
