@@ -251,21 +251,19 @@ def announce(model: Model, budget: Budget, rates: Rates, scanned: int, tokens: i
     )
 
 
-def measure_rates(model: Model, args) -> Rates:
+def measure_rates(model: Model, settings: Healing, args) -> Rates:
     """From the second of two forward passes, and of two steps of healing with every other layer
     linear."""
     tokens = min(CONTEXT, model.config.max_position_embeddings)
     text = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
 
     n = len(model.layers)
-    step = args.batch * args.context
-    settings = Healing(step, rank=args.rank, context=args.context, batch=args.batch)
     student = convert(model, ("SL" * n)[:n])
     student.recompute = args.activation_checkpointing
     optimizer = Optimizer(prepare(student, settings))
     for parameter in optimizer.trained.values():
         parameter.requires_grad_(True)
-    read = torch.zeros(settings.together, args.context, dtype=torch.int64, device=model.device)
+    read = torch.zeros(settings.together, settings.context, dtype=torch.int64, device=model.device)
 
     for t in progress((1, 2), desc="measuring this machine"):
         start = time.perf_counter()

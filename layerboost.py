@@ -103,10 +103,11 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     hold_folder(out)
 
     # The budget rules the sizes of all that follows.
-    rates = measure_rates(model, args)
-    budget = make_budget(model, args, args.batch * args.context, rates)
+    step = args.batch * args.context
+    rates = measure_rates(model, healing_settings(model, step, 2, args), args)
+    budget = make_budget(model, args, step, rates)
     args.tokens, args.sequences, args.passkeys = budget.tokens, budget.sequences, budget.passkeys
-    settings = healing_settings(model, budget, args)
+    settings = healing_settings(model, budget.tokens, budget.validations, args)
     train, valid = read_text(args, tokenizer, model.config, settings)
 
     # Scan and plan.
@@ -206,17 +207,17 @@ def check_arguments(model: Model, source: Path, tiers: dict, args) -> None:
     convert(model, args.plan or "L" * n, **tiers)  # raises InputError
 
 
-def healing_settings(model: Model, budget: Budget, args) -> Healing:
+def healing_settings(model: Model, tokens: int, validations: int, args) -> Healing:
     """Raises InputError where memory or disk are too small for them."""
     settings = Healing(
-        budget.tokens,
+        tokens,
         rank=args.rank,
         lr=args.lr,
         seed=args.seed,
         context=args.context,
         batch=args.batch,
         long_context=max(args.context, min(LONG_CONTEXT, model.config.max_position_embeddings)),
-        validations=budget.validations,
+        validations=validations,
         compile=bool(args.compile),
     )
     memory, disk = healing_bytes(model, settings)
