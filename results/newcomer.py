@@ -11,6 +11,7 @@ go to OUT.txt.
 
 import argparse
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -21,6 +22,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = 25  # lines of the end of each output
+
+
+def estimate(lines: list[str]) -> float:
+    """Seconds that the first lines of a run say it will take, 0 where they say nothing."""
+    told = re.findall(r"^[123]\. .*about ([\d.]+) (s|min|h)", "\n".join(lines), re.MULTILINE)
+    return sum(float(number) * {"s": 1, "min": 60, "h": 3600}[unit] for number, unit in told)
 
 
 def main() -> int:
@@ -61,7 +68,11 @@ def main() -> int:
         told = [line for line in lines[:-SHOWN] if "about" in line or "resumed" in line]
         hidden = [f"... {len(lines) - SHOWN} lines; of these:", *told] if lines[:-SHOWN] else []
         end = "\n".join(hidden + lines[-SHOWN:])
-        log.write(f"$ {command}\n{end}\n[{seconds:.1f} s, exit {process.returncode}]\n\n")
+        log.write(f"$ {command}\n{end}\n[{seconds:.1f} s, exit {process.returncode}]\n")
+        said = estimate(lines)
+        if said and process.returncode == 0:
+            log.write(f"[said at the start: {said:.0f} s; {seconds / said:.2f} times that]\n")
+        log.write("\n")
         log.flush()
 
     python = ".venv/bin/python"
