@@ -13,6 +13,7 @@ measured again. --speed runs decoding steps of 16 x 4,096 of all rows in turn.
 """
 
 import argparse
+import itertools
 import json
 import random
 import sys
@@ -66,12 +67,14 @@ def make_rows(model: Model) -> dict[str, dict]:
         PLANNED: {"plan": best[7, 0][1]},
         "uniform window": uniform | {"feature_map": "none"},
         "planned, 4 S": {"plan": best[4, 0][1]},
+        "planned, 2 S": {"plan": best[2, 0][1]},
         "6 removed, nothing": removed,
         "--paper": paper,
     }
-    for draw in range(3):
-        kept = random.Random(draw).sample(range(n), 7)
-        rows[f"random, 7 S, draw {draw}"] = {"plan": "".join("LS"[i in kept] for i in range(n))}
+    for count, draw in itertools.product((7, 4), range(3)):
+        kept = random.Random(draw).sample(range(n), count)
+        plan = "".join("LS"[i in kept] for i in range(n))
+        rows[f"random, {count} S, draw {draw}"] = {"plan": plan}
     return rows | {
         "uniform L": uniform,
         "LoLCATs": uniform | {"feature_map": "hedgehog"},
@@ -184,12 +187,13 @@ def whole(by_span: list[list[float]]) -> list[float]:
 
 
 def print_tables(folder: Path) -> None:
-    """All rows that are there, and how each differs from the planned one, text by text and prompt
-    by prompt."""
+    """All rows that are there, by their KL, and how each differs from the planned one, text by text
+    and prompt by prompt."""
     made = {path.stem: read_json(path) for path in folder.glob("*.json")}
     speeds = made.pop("speed", {})
     original = made.pop("original")
     made = {"original": {"healed": original}} | made
+    made = dict(sorted(made.items(), key=lambda row: measure.mean(whole(row[1]["healed"]["kl"]))))
     head = ["", "window", "cache MiB", *(f"KL {a:,}-{b:,}" for a, b in spans()), "agreement"]
     head += [f"recall {n:,}" for n in LENGTHS] + ["writes, nats", "repeated", *original["tasks"]]
     rows = [head + ["step, ms"]]
