@@ -152,6 +152,7 @@ def run_row(base: Model, judge: Judge, train: Tensor, settings: dict, tokens: in
     plan, context = settings["plan"], settings["context"]
     tiers = {name: x for name, x in settings.items() if name not in ("plan", "context")}
     student = convert(base, plan, **tiers)
+    student.recompute = context > 512  # wide windows keep 15 GB on 4,096 tokens
     if tiers.get("removed") == "linear":
         fit_maps(base, student, train.view(-1, 512)[-FITTED // 512 :])
         tokens -= FITTED
