@@ -6,7 +6,7 @@ Clones this repository, sets up an empty environment as README says, and then do
 300 kB in one .txt file: the first command; --help, a mistyped flag and the import, timed beside
 torch's own import; the model healed on the text within --minutes, piped into a file, after a run
 that Ctrl-C stops; a prompt; a scan that was made on other text. Every command, its end and its time
-go to OUT.txt.
+go to OUT.txt, the ends of their outputs alone; all of them to outputs.txt in the temporary folder.
 """
 
 import argparse
@@ -64,6 +64,8 @@ def main() -> int:
             os.killpg(process.pid, signal.SIGINT)
             output, _ = process.communicate()
         seconds = time.monotonic() - start
+        with (work / "outputs.txt").open("a") as whole:
+            whole.write(f"$ {command}\n{output}\n")
         lines = output.replace(str(work), "..").splitlines()
         told = [line for line in lines[:-SHOWN] if "about" in line or "resumed" in line]
         hidden = [f"... {len(lines) - SHOWN} lines; of these:", *told] if lines[:-SHOWN] else []
