@@ -233,7 +233,7 @@ def announce(model: Model, budget: Budget, rates: Rates, scanned: int, tokens: i
         scanning = budget.scan_work(*budget.scan_size, scanned)
         first = f"1. scan      {2 * (n - scanned)} trials"
         first += f", then a plan {kept}   about {clock(rates.seconds(scanning))}"
-    healing = clock(rates.seconds(budget.validation, budget.tokens))
+    healing = clock(rates.seconds(budget.maps + budget.validation, budget.tokens))
     evaluation = clock(rates.seconds(budget.evaluation + DECODING))
     watched = f"{budget.validations} validations on {budget.watched * budget.context:,} tokens"
     text = f"{budget.sequences * budget.context:,} tokens"
