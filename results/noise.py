@@ -20,6 +20,7 @@ from measure import mean, standard_error
 
 RESULTS = Path(__file__).resolve().parent
 SCANS = [RESULTS / name / "scan.json" for name in ("smollm2-maps", "smollm2-default")]
+SCANS += sorted((RESULTS / "noise").glob("*.json"))
 SPLITS = ((12, 0), (8, 0), (11, 2), (8, 6))
 
 
@@ -61,7 +62,7 @@ def judged(columns: dict[str, float]) -> tuple[float, float]:
 def main() -> None:
     judge = scan.read_scan(RESULTS / "sensitivity" / "scan.json")["layers"]
     rows = [["scan", "recall counts", *(f"{s} S, {x} X: KL, recall" for s, x in SPLITS)]]
-    for path in map(Path, sys.argv[1:] or SCANS):
+    for path in [Path(name).resolve() for name in sys.argv[1:]] or SCANS:
         layers = scan.read_scan(path)["layers"]
         for name, rule in RULES.items():
             costs = []
@@ -72,7 +73,7 @@ def main() -> None:
                     cost[tier] = damage["kl"] + max(0.0, damage["recall"] - noise[tier])
                 costs.append(cost)
             best = scan.best_plans(costs)
-            cells = [path.parent.name, name]
+            cells = [str(path.relative_to(RESULTS)), name]
             for split in SPLITS:
                 changed = zip(judge, best[split][1])
                 damages = [judged(row[tier]) for row, tier in changed if tier != "S"]
