@@ -2,7 +2,7 @@
 
     python results/equal.py MODEL [ROW ...] --data FILE --valid FILE [--tasks FILE ...]
     python results/equal.py MODEL --data FILE --valid FILE --speed
-    python results/equal.py --table
+    python results/equal.py --table [--beside ROW]
 
 Every row keeps as many bytes of a sequence of 4,096 tokens as 8 S, 16 L and 6 X layers with the
 default tier L do (30% of SmolLM2's own): its L layers get the window that this leaves them, but
@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import random
+import re
 import sys
 import time
 from dataclasses import replace
@@ -146,17 +147,19 @@ def spans():
     return zip(EDGES, EDGES[1:])
 
 
-def run_row(base: Model, judge: Judge, train: Tensor, settings: dict, tokens: int, path: Path):
+def run_row(
+    base: Model, judge: Judge, train: Tensor, name: str, settings: dict, tokens: int, path: Path
+) -> None:
     """Converts, fits, heals and measures one row, and writes its file."""
     start = time.monotonic()
     plan, context = settings["plan"], settings["context"]
-    tiers = {name: x for name, x in settings.items() if name not in ("plan", "context")}
+    tiers = {key: x for key, x in settings.items() if key not in ("plan", "context")}
     student = convert(base, plan, **tiers)
     student.recompute = context > 512  # wide windows keep 15 GB on 4,096 tokens
     if tiers.get("removed") == "linear":
         fit_maps(base, student, train.view(-1, 512)[-FITTED // 512 :])
         tokens -= FITTED
-    result = {"settings": settings, "cache_bytes": cache_bytes(student, CONTEXT)}
+    result = {"name": name, "settings": settings, "cache_bytes": cache_bytes(student, CONTEXT)}
 
     healing = Healing(tokens, context=context, validations=2)
     has_tail = "L" in plan and tiers.get("feature_map") != "none"
@@ -187,10 +190,16 @@ def whole(by_span: list[list[float]]) -> list[float]:
     return [sum(x * share for x, share in zip(row, shares)) for row in by_span]
 
 
-def print_tables(folder: Path) -> None:
-    """All rows that are there, by their KL, and how each differs from the planned one, text by text
-    and prompt by prompt."""
-    made = {path.stem: read_json(path) for path in folder.glob("*.json")}
+def file_of(folder: Path, name: str) -> Path:
+    """Of a row."""
+    return folder / (re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
+
+
+def print_tables(folder: Path, beside: str) -> None:
+    """All rows that are there, by their KL, and how each differs from one, text by text and prompt
+    by prompt."""
+    files = {path.stem: read_json(path) for path in folder.glob("*.json")}
+    made = {row.get("name", stem): row for stem, row in files.items()}
     speeds = made.pop("speed", {})
     original = made.pop("original")
     made = {"original": {"healed": original}} | made
@@ -215,13 +224,13 @@ def print_tables(folder: Path) -> None:
         rows.append(cells)
     print(format_table(rows))
 
-    planned = made[PLANNED]["healed"]
-    rows = [[f"less {PLANNED}", "KL", *(f"recall {n:,}" for n in LENGTHS)]]
+    other = made[beside]["healed"]
+    rows = [[f"less {beside}", "KL", *(f"recall {n:,}" for n in LENGTHS)]]
     for name, row in made.items():
         healed = row["healed"]
-        pairs = [(whole(healed["kl"]), whole(planned["kl"]), "{:+.4f} ±{:.4f}")]
+        pairs = [(whole(healed["kl"]), whole(other["kl"]), "{:+.4f} ±{:.4f}")]
         for length, recalled in healed["recall"].items():
-            pairs.append((recalled, planned["recall"][length], "{:+.0%} ±{:.0%}"))
+            pairs.append((recalled, other["recall"][length], "{:+.0%} ±{:.0%}"))
         cells = [name]
         for ours, theirs, form in pairs:
             cells.append(form.format(*mean_and_error([a - b for a, b in zip(ours, theirs)])))
@@ -254,10 +263,11 @@ def main() -> None:
     add("--passkeys", type=int, default=10, help="a length [%(default)s]")
     add("--speed", action="store_true")
     add("--table", action="store_true")
+    add("--beside", default=PLANNED, help="row that others are compared with [%(default)s]")
     add("--out", type=Path, default=RESULTS / "equal")
     args = parser.parse_args()
     if args.table:
-        print_tables(args.out)
+        print_tables(args.out, args.beside)
         return
 
     base = load_model(args.model, dtype=torch.bfloat16)
@@ -282,10 +292,10 @@ def main() -> None:
     if not path.exists():
         write_json(path, judge.on_text(base) | judge.on_prompts(base))
     for name in args.rows or rows:
-        path = args.out / f"{name}.json"
+        path = file_of(args.out, name)
         print(json.dumps({name: rows[name]}), flush=True)
         if not path.exists():
-            run_row(base, judge, train, rows[name], args.tokens, path)
+            run_row(base, judge, train, name, rows[name], args.tokens, path)
 
 
 if __name__ == "__main__":

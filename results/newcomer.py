@@ -70,7 +70,8 @@ def main() -> int:
         told = [line for line in lines[:-SHOWN] if "about" in line or "resumed" in line]
         hidden = [f"... {len(lines) - SHOWN} lines; of these:", *told] if lines[:-SHOWN] else []
         end = "\n".join(hidden + lines[-SHOWN:])
-        log.write(f"$ {command}\n{end}\n[{seconds:.1f} s, exit {process.returncode}]\n")
+        shown = command.replace(sys.executable, "python")
+        log.write(f"$ {shown}\n{end}\n[{seconds:.1f} s, exit {process.returncode}]\n")
         said = estimate(lines)
         if said and process.returncode == 0:
             log.write(f"[said at the start: {said:.0f} s; {seconds / said:.2f} times that]\n")
