@@ -20,6 +20,7 @@ is fast (bf16 products in AMX, say) the other need not be.
 
 import bisect
 import math
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ HEALING = 6  # the work of a token that is healed on
 DECODING = 7_000  # the work of timing three models as they decode; it grows with nothing
 WRITING = 40_000  # the same of writing with three models, where enough text is judged for it
 LEAST_STEPS = 8  # of healing, that --minutes has room for
+MEASURING = 4.0  # seconds in which the speed of this machine is measured, if two rounds fit
 
 # Sequences, the tokens of each, prompts of the recall measure.
 SCANS = (
@@ -252,8 +254,8 @@ def announce(model: Model, budget: Budget, rates: Rates, scanned: int, tokens: i
 
 
 def measure_rates(model: Model, settings: Healing, args) -> Rates:
-    """From the second of two forward passes, and of two steps of healing with every other layer
-    linear."""
+    """The medians of several forward passes, and of as many steps of healing with every other
+    layer linear. The first of each is slower and does not count."""
     tokens = min(CONTEXT, model.config.max_position_embeddings)
     text = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
 
@@ -265,7 +267,9 @@ def measure_rates(model: Model, settings: Healing, args) -> Rates:
         parameter.requires_grad_(True)
     read = torch.zeros(settings.together, settings.context, dtype=torch.int64, device=model.device)
 
-    for t in progress((1, 2), desc="measuring this machine"):
+    rounds: list[tuple[float, float]] = []  # seconds of a pass and of a step
+    began = time.perf_counter()
+    for t in progress(range(1, 8), desc="measuring this machine"):
         start = time.perf_counter()
         with torch.inference_mode():
             float(model.hidden(text).sum())
@@ -274,5 +278,9 @@ def measure_rates(model: Model, settings: Healing, args) -> Rates:
         optimizer.step(0.0, t)
         float(loss)
         end = time.perf_counter()
-    own = tokens / (between - start), read.numel() / (end - between)
+        rounds.append((between - start, end - between))
+        if len(rounds) > 1 and end - began > MEASURING:
+            break
+    passing, stepping = map(statistics.median, zip(*rounds[1:]))
+    own = tokens / passing, read.numel() / stepping
     return Rates(*map(sum, zip(*gather(own))))
