@@ -54,13 +54,16 @@ SCANS = (
 
 SCAN_TOKENS = SCANS[-1][0] * SCANS[-1][1]  # that a scan judges at most
 
+SERVED = 8192  # tokens at most, of the text that windows are weighed on
+WEIGHING = 1.5  # the work of a token of it
+
 FITTED = 28  # tokens that linear maps are fitted on, for each of their inputs
 
 # How many, on how many sequences.
-VALIDATIONS = (2, 1), (4, 1), (6, 2), (8, 4), (8, 6), (8, 8)
+VALIDATIONS = (2, 1), (4, 1), (6, 1), (8, 2), (8, 3), (8, 4)
 
 # Sequences, passkeys at each length, the greatest length.
-EVALUATIONS = (2, 5, 512), (2, 5, 1024), (4, 5, 1024), (8, 5, 2048), (16, 10, 2048), (32, 20, 4096)
+EVALUATIONS = (2, 5, 512), (2, 5, 1024), (2, 5, 2048), (4, 5, 2048), (8, 10, 2048), (16, 20, 4096)
 
 
 @dataclass
@@ -74,6 +77,7 @@ class Budget:
     heads: float  # the work of two output heads on a token
     measures: list[str]  # of the scan
     scans: bool = True  # False where the plan, or a scan, is given
+    served: int = 0  # tokens of the text that the scan weighs windows on
     inputs: int = 0  # of the linear maps, 0 where none are fitted
     removes: bool = False  # whether the plan will have X layers
     sequences: int | None = None  # to evaluate on
@@ -118,7 +122,7 @@ class Budget:
         n = self.n_layers
         passes = 2 + sum(2 * (n - i) / n for i in range(first, n))
         judging = (1 + 2 * (n - first)) * self.heads / 4
-        work = float(self.fitting)
+        work = float(self.fitting + WEIGHING * self.served)
         if "kl" in self.measures:
             work += sequences * min(context, self.reach) * (passes + judging)
         if "recall" in self.measures:
@@ -148,6 +152,17 @@ class Budget:
 def fits_maps(args) -> bool:
     """Whether a run may have an X layer with a linear map, or scans for one."""
     return args.removed == "linear" and (args.plan is None or "X" in args.plan)
+
+
+def weighs_windows(args) -> bool:
+    """Whether the plan's budget chooses the window, too."""
+    return args.window is None and args.plan is None and "keep" not in args.limits
+
+
+def recomputes(args, wide: bool) -> bool:
+    """Activation checkpointing where it is not asked for: the scores of wide windows take
+    gigabytes."""
+    return wide if args.activation_checkpointing is None else args.activation_checkpointing
 
 
 def climb(rungs, work, limit: float):
@@ -181,6 +196,7 @@ def make_budget(model: Model, args, step: int, rates: Rates) -> Budget:
         "heads": 2 * model.head.numel() / blocks,
         "measures": args.measure,
         "scans": not (args.plan or args.scan),
+        "served": min(args.workload[1], SERVED) if weighs_windows(args) else 0,
         "inputs": model.config.hidden_size if fits_maps(args) else 0,
         "removes": args.drop != 0 if args.plan is None else "X" in args.plan,
         "sequences": args.sequences,
@@ -256,12 +272,12 @@ def announce(model: Model, budget: Budget, rates: Rates, scanned: int, tokens: i
 def measure_rates(model: Model, settings: Healing, args) -> Rates:
     """The medians of several forward passes, and of as many steps of healing with every other
     layer linear. The first of each is slower and does not count."""
-    tokens = min(CONTEXT, model.config.max_position_embeddings)
+    tokens = min(1024, model.config.max_position_embeddings)
     text = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
 
     n = len(model.layers)
     student = convert(model, ("SL" * n)[:n])
-    student.recompute = args.activation_checkpointing
+    student.recompute = recomputes(args, weighs_windows(args))
     optimizer = Optimizer(prepare(student, settings))
     for parameter in optimizer.trained.values():
         parameter.requires_grad_(True)

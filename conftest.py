@@ -25,7 +25,7 @@ TIERS = {"window": 8, "sinks": 2, "feature_map": "hedgehog"}
 
 # Small tensors: two threads would wait for each other longer than they compute.
 torch.set_num_threads(1)
-report.DECODED = 2  # sequences; nobody reads the speed of these models
+report.DECODED = 1024  # sequences; nobody reads the speed of these models
 
 needs_cpp = pytest.mark.skipif(not cpu.compiler_works(), reason="needs a C++ compiler with OpenMP")
 

@@ -31,11 +31,22 @@ from torch import Tensor
 
 import chat
 import cpu
+import planner
 import report
 import scan
 from adapter import load_adapter, read_adapter
 from attention import compiles
-from budget import SCAN_TOKENS, SCANS, Budget, announce, make_budget, measure_rates
+from budget import (
+    LEAST_STEPS,
+    SCAN_TOKENS,
+    SCANS,
+    Budget,
+    announce,
+    make_budget,
+    measure_rates,
+    recomputes,
+    weighs_windows,
+)
 from config import REMOVED, default_window
 from distill import Healing, heal, healing_bytes, tail_names
 from fit import copy_maps, fit_maps
@@ -67,6 +78,7 @@ from terminal import (
 from text import C4, ENCODING, TEXT_KINDS, TEXT_TOKENS, fitting_text, read_text
 from tokenizer import Tokenizer, load_tokenizer
 
+CONTEXT = 512  # tokens of a sequence in healing's first two stages, or more (`reach_beyond`)
 LONG_CONTEXT = 4096  # tokens a sequence in the last stage of healing, or all of its positions
 DAMAGE = 0.1  # that a plan may do where no budget is given: twice the speed for SmolLM2
 
@@ -96,14 +108,15 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     """Scan, plan, convert, heal, evaluate, report and save: all into args.out."""
     started = time.monotonic()
     out = Path(args.out)
-    args.window = default_window(model.config) if args.window is None else args.window
     tiers = {name: getattr(args, name) for name in ("window", "sinks", "feature_map", "removed")}
+    if args.window is None:  # the scan tries this one, and the plan may have another
+        tiers["window"] = default_window(model.config)
     check_arguments(model, source, tiers, args)
     tasks = read_tasks(args.tasks)
     hold_folder(out)
 
     # The budget rules the sizes of all that follows.
-    step = args.batch * args.context
+    step = args.batch * min(args.context or CONTEXT, model.config.max_position_embeddings)
     rates = measure_rates(model, healing_settings(model, step, 2, args), args)
     budget = make_budget(model, args, step, rates)
     args.tokens, args.sequences, args.passkeys = budget.tokens, budget.sequences, budget.passkeys
@@ -113,8 +126,11 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     # Scan and plan.
     fitting = fitting_text(train, budget.fitting, SCAN_TOKENS)
     layers = scan_layers(model, tokenizer, train, fitting, tiers, settings, budget, rates, args)
-    plan = args.plan or make_plan(model, layers, tiers, args)
-    say(f"\nPlan: {plan}", *scan.describe_plan(model, plan, tiers, layers, args.measure))
+    plan, window = args.plan, tiers["window"]
+    if plan is None:
+        plan, window = make_plan(model, layers, tiers, args)
+    tiers = tiers | {"window": window}
+    say(f"\nPlan: {plan}", *planner.describe_plan(model, plan, tiers, layers, args.measure))
 
     # Convert. `converted` keeps untrained tails of its own; the student's are trained.
     converted = convert(model, plan, **tiers)
@@ -122,9 +138,11 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     if "X" in plan and args.removed == "linear":
         fit_maps(model, converted, fitting)
         copy_maps(converted, student)
-    student.recompute = args.activation_checkpointing
+    student.recompute = recomputes(args, window > default_window(model.config))
 
     # Heal.
+    if args.context is None and "L" in plan:
+        settings = reach_beyond(window, settings)
     if not tail_names(student):  # nothing to train alone
         settings = replace(settings, transfer_steps=0, long_share=0.0)
     say(f"\nHeal: {describe_healing(settings)}")
@@ -173,13 +191,12 @@ def check_original(model: Model, source: Path, args) -> None:
 
 def check_arguments(model: Model, source: Path, tiers: dict, args) -> None:
     """What is wrong with the flags together, or with this model, stops here, before any work.
-    args.keep, args.plan, args.context and args.batch get their values."""
+    args.keep, args.plan and args.batch get their values."""
     check_original(model, source, args)
     n = len(model.layers)
     reach = model.config.max_position_embeddings
     args.plan = None if args.plan is None else parse_plan(args.plan, n)
     args.workload = (args.workload[0], min(args.workload[1], reach))
-    args.context = min(args.context, reach)
     args.batch = args.batch or rank_and_world()[1]
     if "keep" in args.limits:
         args.keep = round(n / 3) if args.keep is None else args.keep
@@ -208,15 +225,18 @@ def check_arguments(model: Model, source: Path, tiers: dict, args) -> None:
 
 
 def healing_settings(model: Model, tokens: int, validations: int, args) -> Healing:
-    """Raises InputError where memory or disk are too small for them."""
+    """On sequences of --context or CONTEXT. Raises InputError where memory or disk are too small
+    for them."""
+    reach = model.config.max_position_embeddings
+    context = min(args.context or CONTEXT, reach)
     settings = Healing(
         tokens,
         rank=args.rank,
         lr=args.lr,
         seed=args.seed,
-        context=args.context,
+        context=context,
         batch=args.batch,
-        long_context=max(args.context, min(LONG_CONTEXT, model.config.max_position_embeddings)),
+        long_context=max(context, min(LONG_CONTEXT, reach)),
         validations=validations,
         compile=bool(args.compile),
     )
@@ -224,6 +244,16 @@ def healing_settings(model: Model, tokens: int, validations: int, args) -> Heali
     require_memory(memory, args.device, "healing", "give a smaller --context, --batch or --rank")
     require_disk(disk, Path(args.out))
     return settings
+
+
+def reach_beyond(window: int, settings: Healing) -> Healing:
+    """Sequences of twice the window, in powers of two, as long as LEAST_STEPS of them fit: within
+    its window an L layer is softmax attention and has nothing to learn."""
+    context = settings.context
+    most = min(settings.long_context, settings.tokens // (settings.batch * LEAST_STEPS))
+    while context < 2 * window and 2 * context <= most:
+        context *= 2
+    return replace(settings, context=context)
 
 
 def scan_layers(
@@ -252,7 +282,10 @@ def scan_layers(
     probes = scan.make_probes(
         model, tokenizer, args.measure, calibration, train, budget.prompts, args.tasks
     )
-    layers = scan.scan(model, probes, tiers, path, same, layers, fitting)
+    served = None
+    if budget.served and longest >= 2 * tiers["window"]:  # else the damage tells nothing of it
+        served = train.flatten()[None, : budget.served]
+    layers = scan.scan(model, probes, tiers, path, same, layers, fitting, served, longest)
 
     work = budget.scan_work(*budget.scan_size, scanned)
     seconds = time.monotonic() - start
@@ -275,6 +308,8 @@ def earlier_scan(
     if not args.scan:  # it can be gone on with, under the same sizes
         count, longest = budget.calibration
         same["sizes"] = f"{count} x {longest} tokens, passkeys {budget.prompts}"
+        if budget.served:
+            same["sizes"] += f", windows for {budget.served:,} tokens"
     if "task" in args.measure:
         same["task file"] = hash_files(args.tasks[0])
 
@@ -290,23 +325,29 @@ def earlier_scan(
     return path, same, layers
 
 
-def make_plan(model: Model, layers: list[dict], tiers: dict, args) -> str:
-    """From the scan, by --keep and --drop or the one budget that is given; shows why."""
+def make_plan(model: Model, layers: list[dict], tiers: dict, args) -> tuple[str, int]:
+    """The plan and the window of its L layers, from the scan, by --keep and --drop or the one
+    budget that is given; shows why."""
     hardware = HARDWARE.get(args.hardware) or measure_hardware(args.device, model.norm.weight.dtype)
-    costs = scan.costs_of(layers, args.measure)
-    choices = scan.price_plans(model, costs, tiers, args.workload, hardware)
+    windows = planner.windows_of(layers) if weighs_windows(args) else []
+    costs = {
+        window: planner.costs_of(layers, args.measure, window)
+        for window in windows or [tiers["window"]]
+    }
+    choices = planner.price_plans(model, costs, tiers, args.workload, hardware)
     ((name, limit),) = args.limits.items()
     if name == "keep":
-        plan = scan.PLANNERS[args.planner](costs, args.keep, args.drop)
+        window = tiers["window"]
+        plan = planner.PLANNERS[args.planner](costs[window], args.keep, args.drop)
     else:
-        plan = scan.choose(choices, name, limit).plan
+        plan, window, *_ = planner.choose(choices, name, limit)
 
     batch, context = args.workload
-    say(scan.chart(layers, args.measure, plan))
+    say(planner.chart(layers, args.measure, plan, window))
     step = f"a decoding step of {batch} x {context:,} tokens"
     title = f"\nfor {step}, predicted for {args.hardware}:"
-    say(scan.frontier_chart(choices, plan, title))
-    return plan
+    say(planner.frontier_chart(choices, plan, window, title))
+    return plan, window
 
 
 # --- what the terminal shows -------------------------------------------------------------------
@@ -360,7 +401,7 @@ FLAGS = {
         "data": (str, C4, f"to heal on: {TEXT_KINDS}"),
         "valid": (str, None, "to evaluate on [the last twentieth of --data, held out]"),
         "encoding": ENCODING,
-        "sequences": (at_least(1), None, "of 1,024 tokens, to evaluate on [2 to 32, by --tokens]"),
+        "sequences": (at_least(1), None, "of 2,048 tokens, to evaluate on [2 to 16, by --tokens]"),
         "passkeys": (
             at_least(1, int, 10_000),
             None,
@@ -376,7 +417,7 @@ FLAGS = {
         "hardware": ((*HARDWARE, "this"), "a10", "that speed is predicted for"),
         "keep": (at_least(0), None, "layers that keep softmax attention [a third]"),
         "drop": (at_least(0), None, "layers whose attention is removed [0]"),
-        "planner": (tuple(scan.PLANNERS), "tier", "tier: least damage; paper: bands by X"),
+        "planner": (tuple(planner.PLANNERS), "tier", "tier: least damage; paper: bands by X"),
         "plan": (str, None, "this one: S, L or X for each layer, or uniform:L [scan and plan]"),
         "paper": (bool, False, "the paper's recipe: window 64, Hedgehog tail, X nothing, by X"),
         "removed": (REMOVED, "linear", "in place of removed attention: a fitted map, or nothing"),
@@ -386,7 +427,7 @@ FLAGS = {
             None,
             "plan from this scan.json, made on any text [scan, or go on with the one in OUT]",
         ),
-        "window": (int, None, "last tokens that an L layer sees exactly [4 times the head size]"),
+        "window": (int, None, "last tokens that an L layer sees exactly [as the budget has it]"),
         "sinks": (int, 4, "first tokens that it sees exactly"),
         "feature-map": (str, "softmax", f"of its tail: {', '.join(FEATURE_MAPS)}"),
     },
@@ -396,9 +437,9 @@ FLAGS = {
         "adapter": (str, None, "take what a run learned (its adapter.safetensors), heal nothing"),
         "rank": (at_least(1), 16, "of the adapters"),
         "lr": (at_least(1e-9, float, 10.0), 1e-3, "highest learning rate"),
-        "context": (at_least(2), 512, "tokens of a training sequence"),
+        "context": (at_least(2), None, "tokens of a training sequence [512, or twice the window]"),
         "batch": (at_least(1), None, "sequences a step, over all processes [one a process]"),
-        "activation-checkpointing": (bool, None, "less memory, more time [keep activations]"),
+        "activation-checkpointing": (bool, None, "less memory, more time [with wide windows]"),
     },
     "generation": {
         "prompt": (utf8, None, "only continue this text with MODEL"),

@@ -32,7 +32,9 @@ from text import C4, CONTEXT, ENCODING, TEXT_KINDS, pack_sequences, read_documen
 from tokenizer import Tokenizer, load_tokenizer
 
 NOT_REPEATED = ("out", "split", "limits", "minutes", "repeat", "prompt", "chat", "adapter")
-DECODED = 32  # sequences that are decoded together
+DECODED = 2**15  # tokens in the caches where decoding is timed
+LONG = 4096  # of one sequence, there
+WRITTEN = 32  # continuations at most
 
 
 def evaluate(
@@ -50,8 +52,10 @@ def evaluate(
     8), recall of `passkeys` passkeys (a multiple of five), hidden in that text, at each of the
     lengths that the model has positions for, tasks, cache_bytes and decode_tokens_per_second. All
     but speed are kept in the file `path` and not measured again (`once`)."""
-    engines = {name: Engine(model, DECODED, CONTEXT) for name, model in models.items()}
-    times = decode_times(engines, CONTEXT, 12)
+    held = min(LONG, base.config.max_position_embeddings)
+    together = max(1, DECODED // held)
+    engines = {name: Engine(model, together, held) for name, model in models.items()}
+    times = decode_times(engines, held, 12)
     del engines  # and the memory of their caches
 
     count = max(1, passkeys // len(measure.RECALL_DEPTHS))
@@ -61,7 +65,7 @@ def evaluate(
     def text(model: Model) -> dict:
         return measure.text_quality({"": model}, base, tokenizer, valid, base_states())[""]
 
-    prompts = valid[:DECODED, : valid.shape[1] // 2]
+    prompts = valid[:WRITTEN, : valid.shape[1] // 2]
     base_writes = functools.cache(lambda: measure.write_on(base, prompts))
 
     def writing(model: Model) -> dict:
@@ -90,8 +94,9 @@ def evaluate(
             quality = (measure.task_quality, model, tokenizer, task, items)
             figures["tasks"][task] = once(path, f"{task} of {name}", asked, *quality)
         figures["cache_bytes"] = {str(n): cache_bytes(model, n) for n in (1024, 8192)}
-        figures["decode_tokens_per_second"] = DECODED / measure.quantile(times[name], 0.5)
-        figures["plan"] = model.plan
+        figures["decoded"] = together, held
+        figures["decode_tokens_per_second"] = together / measure.quantile(times[name], 0.5)
+        figures["plan"], figures["window"] = model.plan, model.config.window
     return report
 
 
@@ -156,7 +161,7 @@ def measures(figures: dict) -> dict[str, tuple[int, float, float, str]]:
             rows[f"{task} perplexity ({items})"] = -1, result["perplexity"], 0, ".2f"
     for tokens, size in figures["cache_bytes"].items():
         rows[f"cache of a sequence of {tokens}, MiB"] = -1, size / 2**20, 0, ".2f"
-    decoding = f"decode, tokens/s ({DECODED} sequences of {CONTEXT})"
+    decoding = "decode, tokens/s ({} sequences of {})".format(*figures["decoded"])
     return rows | {decoding: (1, figures["decode_tokens_per_second"], 0, ",.0f")}
 
 
@@ -214,7 +219,7 @@ def report_text(report: dict, curve: dict, settings: Healing, seconds: float, ar
 # {Path(args.model).name}, boosted
 
 Plan `{plan}`: of {len(plan)} layers, {plan.count("S")} keep softmax attention (S),
-{plan.count("L")} see a window of {args.window} tokens, the first {args.sinks} and a
+{plan.count("L")} see a window of {healed["window"]} tokens, the first {args.sinks} and a
 linear-attention summary of the rest (L), {plan.count("X")} have {instead} (X). Healed on
 {settings.trained_tokens:,} tokens.
 
@@ -355,7 +360,7 @@ FLAGS = {
     "text": {
         "valid": (str, C4, TEXT_KINDS),
         "encoding": ENCODING,
-        "sequences": (at_least(1), 32, "of 1,024 tokens, of it"),
+        "sequences": (at_least(1), 16, "of 2,048 tokens, of it"),
         "passkeys": (at_least(1), 20, "hidden numbers to repeat, at each length"),
         "tasks": (list, [], "question files [none]"),
     },

@@ -1,5 +1,4 @@
-"""The scan and the plan: how much each layer suffers when its attention is changed, and which tier
-each layer gets.
+"""The scan: how much each layer suffers when its attention is changed.
 
 For each layer alone, X (attention removed, a linear map or nothing in its place) and L
 (sliding-window linear attention) are tried, and the damage against the untouched model is measured
@@ -13,15 +12,13 @@ The hidden state that enters layer i does not depend on what happens in layer i.
 residual streams are carried from layer to layer, and a trial starts at its own layer: half the work
 of running every altered model whole.
 
-`best_plans` finds, for every number of softmax layers (S) and of removed ones (X), the plan of the
-least summed damage, exactly; `frontier` keeps those that no other beats in damage and in speed or
-cache, so a budget of any of the three picks one. `plan_paper` ranks layers by their X column alone
-(arXiv 2604.22050).
+L is tried with one window. What another one would do, at the context that the model is to serve,
+needs no trial: the damage of a small change grows with its square, so it is to the damage measured
+as the squared errors of the layer's attention are to each other (`window_factors`).
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +26,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from attention import SoftmaxAttention
 from fit import BATCH, fit_map
 from hub import fingerprint, read_json, require, write_json
+from kernels import attend, causal_mask
 from machine import Diverged, gather, rank_and_world
 from measure import (
     hidden_states,
@@ -40,19 +39,18 @@ from measure import (
     passkey_prompts,
     read_task,
     score_rows,
-    standard_error,
     task_accuracy,
     task_prompts,
 )
-from model import Model, cache_bytes, convert
-from roofline import floor_seconds, plan_costs
+from model import Model, convert
 from terminal import progress, say
 from tokenizer import Tokenizer
 
 TASK_ITEMS = 100  # of the first question file, of the task measure
 MEASURES = ("kl", "recall", "task")
 TRIALS = "XL"  # the tiers that every layer is tried in
-SPEEDUPS = (1.0, 1.1, 1.2, 1.3, 1.5, 1.7, 2.0, 2.5, 3.0, 4.0)  # that the frontier shows
+WINDOWS = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # of L, that a plan may have, times the head size
+QUERIES = 128  # that tell a window's error
 
 
 # --- measures of damage ------------------------------------------------------------------------
@@ -165,6 +163,37 @@ def make_probes(
     return probes
 
 
+# --- windows -----------------------------------------------------------------------------------
+
+
+def window_factors(
+    attention: SoftmaxAttention, x: Tensor, rotary, window: int, sinks: int, judged: int
+) -> dict[str, float]:
+    """{"window w": how many times the damage that L with `window` does to the first `judged`
+    tokens it would do with w to all of x [B, T, hidden_size], the layer's normed input}.
+
+    KL is quadratic in a small change of the output: its gradient is zero where nothing is changed.
+    """
+    query, key, value = attention.project(x, rotary)
+    i = torch.arange(x.shape[1], device=x.device)
+    t = i[:: max(1, len(i) // QUERIES)]
+    query = query[:, :, t]
+    causal = causal_mask(t, i, attention.sliding_window)
+    exact = attention.o_proj(attend(query, key, value, causal[None]).transpose(1, 2).flatten(2))
+
+    def errors(w: int) -> Tensor:
+        """By position of the queries."""
+        local = (i > t[:, None] - w) | (i < sinks)
+        out = attend(query, key, value, (causal & local)[None])
+        changed = attention.o_proj(out.transpose(1, 2).flatten(2))
+        return (changed.float() - exact.float()).square().mean((0, 2))
+
+    rounding = 1e-5 * float(exact.float().square().mean())
+    measured = float(errors(window)[t < judged].mean()) + rounding
+    widths = [times * attention.config.head_dim for times in WINDOWS]
+    return {f"window {w}": (float(errors(w).mean()) + rounding) / measured for w in widths}
+
+
 # --- the scan ----------------------------------------------------------------------------------
 
 
@@ -177,11 +206,15 @@ def scan(
     identity: dict,
     layers: list[dict],
     fitting: Tensor | None = None,
+    served: Tensor | None = None,
+    judged: int = 0,
 ) -> list[dict]:
     """Changes each layer alone to X and to L: [{"X": {column: damage}, "L": ...} per layer],
     several trials at a time under torchrun.
 
-    tiers: the settings of L and X; fitting: ids [N, T] that the linear maps of X are fitted on.
+    tiers: the settings of L and X; fitting: ids [N, T] that the linear maps of X are fitted on;
+    served: ids [1, T], as long as texts will be, that other windows are weighed on, against the
+    damage to texts of `judged` tokens.
     Goes on after the trials in `layers`, which an earlier run has made, and writes all of them to
     `path` after each. Raises Diverged for damage that is not finite.
     """
@@ -198,17 +231,19 @@ def scan(
     if fitting is not None and tiers.get("removed") == "linear":
         fitted = [model.embed_tokens(ids) for ids in fitting.to(model.device).split(BATCH)]
         rotary = model.rotary(fitting.shape[1])
+    long = [] if served is None else [model.embed_tokens(served.to(model.device))]
     entered = 0  # the layer that the streams enter
     tokens = sum(ids.numel() for probe in probes for ids in probe.batches)
     last = max(own, default=(0, ""))[0]
     blocks = last + sum(n - i for i, _ in own)
-    work = blocks * tokens + last * sum(x.shape[:2].numel() for x in fitted)
+    work = blocks * tokens + last * sum(x.shape[:2].numel() for x in fitted + long)
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     with progress(total=work, desc="scanning", bar_format=bar_format) as bar:
         for i, tier in own + [(n, "")] * idle:
             columns = {}
             streams = [advance(model, stream, entered, i, bar) for stream in streams]
             fitted = advance(model, fitted, entered, i, bar)
+            long = advance(model, long, entered, i, bar)
             entered = i
             if tier == "X" and fitted:
                 fit_map(model.layers[i], altered[tier].layers[i], fitted, fitted, rotary)
@@ -216,6 +251,11 @@ def scan(
                 changed = advance(altered[tier], stream, i, i + 1, bar)
                 ends = advance(model, changed, i + 1, n, bar)
                 columns |= probe.damage([model.norm(x) for x in ends])
+            for x in long if tier == "L" else ():
+                block, settings = model.layers[i], (tiers["window"], tiers["sinks"], judged)
+                angles = model.rotary(x.shape[1])
+                x = block.input_layernorm(x)
+                columns |= window_factors(block.self_attn, x, angles, *settings)
             if not all(map(math.isfinite, columns.values())):
                 raise Diverged(f"the damage of layer {i} as {tier} is not a finite number")
             shown = " ".join(f"{k} {columns[k]:.3f}" for k in MEASURES if k in columns)
@@ -265,7 +305,7 @@ def read_scan(path: Path) -> dict:
         and identity
         and damages
         and all(map(is_damage, damages))
-        and all(damage.keys() == damages[0].keys() for damage in damages)
+        and all(row[tier].keys() == rows[0][tier].keys() for row in rows for tier in row)
         and all(len(row) == 2 for row in rows[:-1]),
         f"{path}: is no scan file, or damaged; delete it and scan again",
     )
@@ -302,206 +342,3 @@ def check_scan(path: Path, identity: dict, measures: list[str], n: int) -> list[
 def identity_of(model: Model, text: Tensor, tiers: dict) -> dict:
     """What must be the same where a run goes on from an earlier one."""
     return {"model": fingerprint(*model.parameters()), "data": fingerprint(text), **tiers}
-
-
-# --- planners ----------------------------------------------------------------------------------
-
-
-def costs_of(layers: list[dict], measures: list[str]) -> list[dict[str, float]]:
-    """Per layer the damage of each tier, none for S: the sum of the chosen measures, none of them
-    below zero. Of recall counts what is beyond its noise, which on a few prompts is larger than the
-    KL of most layers."""
-    noise = recall_noise(layers)
-    costs = []
-    for row in layers:
-        cost = {"S": 0.0}
-        for tier in "LX":
-            damage = dict(row[tier])
-            if "recall" in damage:
-                damage["recall"] -= noise[tier]
-            cost[tier] = sum(max(0.0, damage[name]) for name in measures)
-        costs.append(cost)
-    return costs
-
-
-def recall_noise(layers: list[dict]) -> dict[str, float]:
-    """The standard deviation of recall's noise, by tier. Damage lowers recall and noise goes both
-    ways, so the layers without which passkeys came out likelier show how large it is."""
-    noise = {}
-    for tier in TRIALS:
-        gains = [row[tier]["recall"] for row in layers if row[tier].get("recall", 0.0) < 0]
-        noise[tier] = mean(gain**2 for gain in gains) ** 0.5 if gains else 0.0
-    return noise
-
-
-def plan_paper(costs: list[dict], keep: int, drop: int) -> str:
-    """Three bands by the X column: the `keep` most sensitive stay S, the `drop` least become X."""
-    order = sorted(range(len(costs)), key=lambda i: costs[i]["X"])
-    plan = ["L"] * len(costs)
-    for i in order[len(order) - keep :]:
-        plan[i] = "S"
-    for i in order[:drop]:
-        plan[i] = "X"
-    return "".join(plan)
-
-
-def best_plans(costs: list[dict]) -> dict[tuple[int, int], tuple[float, str]]:
-    """{(S layers, X layers): (damage, plan)} of the least summed damage for every split, by dynamic
-    programming over the layers: best[s, x] is the cheapest way to give those so far s S and x X."""
-    best = {(0, 0): (0.0, "")}
-    for cost in costs:
-        longer: dict = {}
-        for (s, x), (total, plan) in best.items():
-            for tier, state in (("S", (s + 1, x)), ("L", (s, x)), ("X", (s, x + 1))):
-                candidate = (total + cost[tier], plan + tier)
-                longer[state] = min(longer.get(state, (math.inf, "")), candidate)
-        best = longer
-    return best
-
-
-def plan_tier(costs: list[dict], keep: int, drop: int) -> str:
-    """The plan with `keep` S and `drop` X of the least summed damage."""
-    return best_plans(costs)[keep, drop][1]
-
-
-PLANNERS = {"tier": plan_tier, "paper": plan_paper}
-
-
-class Choice(NamedTuple):
-    """A plan and what is predicted of it."""
-
-    plan: str
-    damage: float  # the sum over its layers, before healing
-    speedup: float  # of a decoding step, at the floor that roofline.py counts
-    cache: float  # bytes of a sequence's cache, as a share of the original's
-
-    @property
-    def gain(self) -> dict[str, float]:
-        return {"speedup": self.speedup, "cache": -self.cache}
-
-
-def price_plans(model: Model, costs: list[dict], tiers: dict, workload, hardware) -> list[Choice]:
-    """Of each split the plan of the least damage. workload: (sequences, tokens that each holds).
-
-    What a step costs depends on how many layers have each tier alone, since layers are alike: so
-    the best plans of all splits contain the best plan of any budget."""
-
-    def cost_of(plan: str) -> tuple[float, float]:
-        """Seconds of a step, and bytes of the caches."""
-        config = replace(model.config, plan=plan, **tiers)
-        parts = plan_costs(config, model.norm.weight.element_size(), *workload)
-        cache = parts["softmax cache"][0] + parts["window"][0] + parts["state"][0] / 2
-        return floor_seconds(parts, hardware), cache
-
-    seconds, cache = cost_of("S" * len(costs))
-    choices = []
-    for damage, plan in best_plans(costs).values():
-        plan_seconds, plan_cache = cost_of(plan)
-        choices.append(Choice(plan, damage, seconds / plan_seconds, plan_cache / cache))
-    return choices
-
-
-def frontier(choices: list[Choice], by: str = "speedup") -> list[Choice]:
-    """Those that no other beats in damage and in `by`, "speedup" or "cache"; least damage first."""
-    kept: list[Choice] = []
-    for choice in sorted(choices, key=lambda choice: (choice.damage, -choice.gain[by])):
-        if not kept or choice.gain[by] > kept[-1].gain[by]:
-            kept.append(choice)
-    return kept
-
-
-def choose(choices: list[Choice], budget: str, limit: float) -> Choice:
-    """The plan of the least damage that is `limit` times as fast (budget "speedup") or keeps at
-    most that share of the cache ("cache"), or the fastest of at most that "damage". Raises
-    InputError where none is."""
-    if budget == "damage":
-        return [choice for choice in frontier(choices) if choice.damage <= limit][-1]
-
-    front = frontier(choices, budget)
-    limit = -limit if budget == "cache" else limit
-    enough = [choice for choice in front if choice.gain[budget] >= limit]
-    best = abs(front[-1].gain[budget])
-    require(
-        enough,
-        f"--{budget} {abs(limit):g}: no plan goes beyond {best:.2f} at this --workload; "
-        "give that, or a longer context",
-    )
-    return enough[0]
-
-
-# --- what is shown -----------------------------------------------------------------------------
-
-
-def chart(layers: list[dict], measures: list[str], plan: str) -> str:
-    """Bars of the damage by layer as the planner counts it, on a logarithmic scale since it spans
-    three decades, with standard errors."""
-    low = 1e-3
-    costs = costs_of(layers, measures)
-    high = max(max(cost["X"], cost["L"]) for cost in costs) + 2 * low
-
-    def bar(cost: float, columns: dict[str, float]) -> str:
-        length = 15 * math.log(max(cost, low) / low) / math.log(high / low)
-        error = damage_error(columns, cost)
-        shown = f"±{error:.4f}" if error else ""
-        return f"{'█' * int(length):15} {cost:8.4f}{shown:8}"
-
-    measured = " + ".join(measures)
-    lines = [
-        f"damage of changing one layer alone, {measured} (logarithmic bars, {low:g} to {high:.2g})",
-        f"layer  {'attention removed (X)':34}{'window and linear tail (L)':34}plan",
-    ]
-    for i, (cost, row, tier) in enumerate(zip(costs, layers, plan)):
-        lines.append(f"{i:5}  {bar(cost['X'], row['X'])}  {bar(cost['L'], row['L'])}  {tier}")
-    if "recall" in measures:
-        beyond = " and ".join(
-            f"{noise:.3f} ({tier})" for tier, noise in recall_noise(layers).items()
-        )
-        lines.append(f"recall counts beyond its noise, {beyond} nats")
-    return "\n".join(lines)
-
-
-def damage_error(columns: dict[str, float], cost: float) -> float:
-    """The standard error of a damage of which `cost` counts, as far as the scan tells: of recall,
-    where it counts, from how the context lengths differ, each a draw of prompts."""
-    error = columns.get("kl, error", 0.0)
-    if cost > max(0.0, columns.get("kl", 0.0)):
-        by_length = [value for name, value in columns.items() if name.startswith("recall at")]
-        error = math.hypot(error, standard_error(torch.tensor(by_length)))
-    return error
-
-
-def frontier_chart(choices: list[Choice], chosen: str, title: str) -> str:
-    """A line for the plan of least damage at each of SPEEDUPS, and one for the plan chosen."""
-    front = frontier(choices)
-    shown = [next((c for c in front if c.speedup >= least), None) for least in SPEEDUPS]
-    shown += [choice for choice in choices if choice.plan == chosen]
-    shown = sorted({choice for choice in shown if choice}, key=lambda choice: choice.speedup)
-
-    most = max(choice.damage for choice in shown) or 1.0
-    lines = [title, "speedup  cache   S  L  X   damage"]
-    for choice in shown:
-        letters = "".join(f"{choice.plan.count(tier):3}" for tier in "SLX")
-        bar = "█" * round(24 * choice.damage / most)
-        mark = "  <- plan" if choice.plan == chosen else ""
-        line = f"{choice.speedup:7.2f} {choice.cache:6.2f} {letters} {choice.damage:8.3f}  {bar}"
-        lines.append(line + mark)
-    return "\n".join(lines)
-
-
-def describe_plan(
-    model: Model, plan: str, tiers: dict, layers: list[dict], measures: list[str]
-) -> list[str]:
-    """What a plan is predicted to cost before healing, where there is a scan, and what it saves."""
-    lines = []
-    if layers:
-        changed = [(row[tier], tier) for row, tier in zip(layers, plan) if tier != "S"]
-        sums = [f"{name} {sum(row[name] for row, _ in changed):.3f}" for name in measures]
-        lines.append(f"  predicted before healing, as the sum over its layers: {', '.join(sums)}")
-
-    before = cache_bytes(model, 8192) / 2**20
-    after = cache_bytes(convert(model, plan, **tiers), 8192) / 2**20
-    lines.append(
-        f"  {plan.count('S')} softmax, {plan.count('L')} sliding-window linear, {plan.count('X')} "
-        f"removed; cache of a sequence at 8k tokens {after:.1f} MiB, was {before:.1f} MiB"
-    )
-    return lines

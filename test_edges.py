@@ -37,6 +37,7 @@ import distill
 import layerboost
 import machine
 import measure
+import planner
 import report
 import scan as scan_module
 import terminal
@@ -1185,7 +1186,7 @@ def test_a_scan_of_another_budget_serves_and_is_not_gone_on_with(made):
 
 def test_a_scan_that_found_no_damage_is_drawn():
     layers = [{tier: {"task": 0.0} for tier in "XL"}] * 3
-    assert scan_module.chart(layers, ["task"], "SLX").count("0.0000") == 6
+    assert planner.chart(layers, ["task"], "SLX").count("0.0000") == 6
 
 
 def test_a_broken_model_stops_the_scan(llama, text, tmp_path, capsys):

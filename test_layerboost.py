@@ -51,6 +51,7 @@ import long_decode
 import machine
 import measure
 import model as model_module
+import planner
 import predict
 import report as report_module
 import roofline
@@ -1501,39 +1502,45 @@ def test_planners():
         return sum(cost[tier] for cost, tier in zip(costs, plan))
 
     plans = {"".join(plan) for plan in itertools.permutations("SSXXLLL")}
-    assert scan_module.plan_tier(costs, 2, 2) == min(plans, key=total)
-    assert scan_module.plan_tier(costs, 7, 0) == "S" * 7
-    assert scan_module.plan_tier(costs, 0, 7) == "X" * 7
+    assert planner.plan_tier(costs, 2, 2) == min(plans, key=total)
+    assert planner.plan_tier(costs, 7, 0) == "S" * 7
+    assert planner.plan_tier(costs, 0, 7) == "X" * 7
 
     by_x = sorted(range(7), key=lambda i: costs[i]["X"])
-    paper = scan_module.plan_paper(costs, 2, 2)
+    paper = planner.plan_paper(costs, 2, 2)
     assert {paper[i] for i in by_x[:2]} == {"X"} and {paper[i] for i in by_x[-2:]} == {"S"}
     assert paper.count("L") == 3
 
 
 def test_the_plan_of_a_budget_is_the_best_of_all_plans(llama):
-    """The least damage that is fast or small enough, or the fastest within the damage."""
+    """The least damage that is fast or small enough, or the fastest within the damage: of every
+    plan with every window."""
     model = load_model(str(llama))
     draw = random.Random(1)
-    costs = [{"S": 0.0, "L": draw.random(), "X": 1 + draw.random()} for _ in model.layers]
+    removed = [{"S": 0.0, "X": 1 + draw.random()} for _ in model.layers]
+    costs = {
+        window: [row | {"L": most * draw.random()} for row in removed]
+        for window, most in ((16, 2.0), (64, 1.0), (512, 0.3))
+    }
     workload, tiers, a10 = (16, 2048), TIERS | {"removed": "nothing"}, roofline.HARDWARE["a10"]
-    choices = scan_module.price_plans(model, costs, tiers, workload, a10)
+    choices = planner.price_plans(model, costs, tiers, workload, a10)
 
-    def measured(plan):
-        plan_model = convert(model, plan, **tiers)
+    def measured(plan, window):
+        plan_model = convert(model, plan, **tiers | {"window": window})
         seconds = roofline.floor_seconds(roofline.step_costs(plan_model, *workload), a10)
-        damage = sum(cost[tier] for cost, tier in zip(costs, plan))
+        damage = sum(cost[tier] for cost, tier in zip(costs[window], plan))
         return damage, seconds, model_module.cache_bytes(plan_model, 2048)
 
-    plans = {plan: measured(plan) for plan in map("".join, itertools.product("SLX", repeat=3))}
-    _, seconds, cache = plans["SSS"]
+    letters = list(map("".join, itertools.product("SLX", repeat=3)))
+    plans = {key: measured(*key) for key in itertools.product(letters, costs)}
+    _, seconds, cache = plans["SSS", 16]
     for budget, limit, fits in (
         ("speedup", 1.15, lambda values: seconds / values[1] >= 1.15),
         ("cache", 0.5, lambda values: values[2] <= 0.5 * cache),
         ("damage", 1.2, lambda values: values[0] <= 1.2),
     ):
-        chosen = scan_module.choose(choices, budget, limit)
-        damage, its_seconds, its_cache = plans[chosen.plan]
+        chosen = planner.choose(choices, budget, limit)
+        damage, its_seconds, its_cache = plans[chosen.plan, chosen.window]
         assert chosen.speedup == pytest.approx(seconds / its_seconds)
         assert chosen.cache == pytest.approx(its_cache / cache)
         assert chosen.damage == pytest.approx(damage)
@@ -1543,22 +1550,49 @@ def test_the_plan_of_a_budget_is_the_best_of_all_plans(llama):
         else:
             assert damage == pytest.approx(min(values[0] for values in within))
 
-        chart = scan_module.frontier_chart(choices, chosen.plan, "").splitlines()
+        chart = planner.frontier_chart(choices, chosen.plan, chosen.window, "").splitlines()
         assert sum(line.endswith("<- plan") for line in chart) == 1
+
+
+def test_a_window_is_weighed_by_the_error_of_the_layers_output(llama, monkeypatch):
+    """Against the tier itself without a tail. The damage was measured on 40 of 64 tokens."""
+    model = load_model(str(llama))
+    monkeypatch.setattr(scan_module, "WINDOWS", (1, 2))  # times the head size
+    D, layer = model.config.head_dim, model.layers[1]
+    x = layer.input_layernorm(torch.randn(2, 64, model.config.hidden_size))
+    rotary = model.rotary(64)
+
+    def errors(window):
+        config = replace(model.config, window=window, sinks=2, feature_map="none")
+        tier = WindowLinearAttention(config, 1)
+        tier.load_state_dict(layer.self_attn.state_dict())
+        change = tier(x, rotary) - layer.self_attn(x, rotary)
+        return change.detach().square().mean((0, 2))
+
+    factors = scan_module.window_factors(layer.self_attn, x, rotary, 8, 2, judged=40)
+    measured = errors(8)[:40].mean()
+    expected = {f"window {w}": float(errors(w).mean() / measured) for w in (D, 2 * D)}
+    assert factors == pytest.approx(expected, rel=1e-3)
+
+    columns = {"kl": 0.1} | factors
+    layers = [{"X": {"kl": 0.5}, "L": columns}]
+    assert planner.windows_of(layers) == [D, 2 * D]
+    cost = planner.costs_of(layers, ["kl"], D)[0]
+    assert cost == {"S": 0, "X": 0.5, "L": pytest.approx(0.1 * expected[f"window {D}"], rel=1e-3)}
 
 
 def test_luck_is_no_gain():
     """A layer costs the sum of its measures; a passkey that got easier does not pay for KL."""
     row = {"X": {"kl": 0.5, "recall": -0.2}, "L": {"kl": 0.1, "recall": 0.3}}
-    costs = scan_module.costs_of([row], ["kl", "recall"])
+    costs = planner.costs_of([row], ["kl", "recall"])
     assert costs == [{"S": 0, "X": 0.5, "L": pytest.approx(0.4)}]
-    assert scan_module.costs_of([row], ["recall"]) == [{"S": 0, "X": 0, "L": 0.3}]
+    assert planner.costs_of([row], ["recall"]) == [{"S": 0, "X": 0, "L": 0.3}]
 
     recalls = [(-0.3, -0.1), (-0.4, 0.1), (2.0, 0.3)]  # of X and L
     layers = [{"X": {"kl": 0.1, "recall": x}, "L": {"kl": 0.1, "recall": y}} for x, y in recalls]
     noise = (0.3**2 / 2 + 0.4**2 / 2) ** 0.5
-    assert scan_module.recall_noise(layers) == pytest.approx({"X": noise, "L": 0.1})
-    costs = scan_module.costs_of(layers, ["kl", "recall"])
+    assert planner.recall_noise(layers) == pytest.approx({"X": noise, "L": 0.1})
+    costs = planner.costs_of(layers, ["kl", "recall"])
     assert [cost["X"] for cost in costs] == pytest.approx([0.1, 0.1, 2.1 - noise])
     assert [cost["L"] for cost in costs] == pytest.approx([0.1, 0.1, 0.3])
 
@@ -1573,8 +1607,8 @@ def test_the_error_of_a_damage_is_how_far_texts_differ():
     assert error == pytest.approx((1 / 12) ** 0.5)  # variance 1 in each quarter, 12 of them
 
     columns = {"kl": 0.2, "kl, error": 0.01, "recall at 96": 1.0, "recall at 128": 1.4}
-    assert scan_module.damage_error(columns, 0.2) == 0.01
-    assert scan_module.damage_error(columns, 1.4) == pytest.approx(0.2, abs=1e-3)
+    assert planner.damage_error(columns, 0.2) == 0.01
+    assert planner.damage_error(columns, 1.4) == pytest.approx(0.2, abs=1e-3)
 
 
 def test_spearman():
@@ -1625,8 +1659,8 @@ def test_a_large_budget_has_the_full_sizes_and_flags_win():
         budget = a_budget(10_000_000, n_layers)
         lengths = dict.fromkeys((512, 1024, 2048, 4096), 4)
         assert budget.calibration == (4, 2048) and budget.prompts == lengths
-        assert (budget.validations, budget.watched) == (8, 8)
-        assert (budget.sequences, budget.passkeys) == (32, 20)
+        assert (budget.validations, budget.watched) == (8, 4)
+        assert (budget.sequences, budget.passkeys) == (16, 20)
         assert budget.recall_lengths == measure.RECALL_LENGTHS
     budget = a_budget(1000, sequences=7, passkeys=15)
     assert (budget.sequences, budget.passkeys) == (7, 15)
@@ -1639,8 +1673,19 @@ def test_work_by_hand():
     budget = a_budget(10_000, n_layers=2, heads=0.4)
     assert budget.scan_work(1, 100, {512: 2}) == pytest.approx(100 * (5 + 5 * 0.1) + 1024 * 5)
     assert budget.scan_work(1, 100, {}, first=1) == pytest.approx(100 * (3 + 3 * 0.1))
-    assert budget.validation_work(2, 3) == pytest.approx(3 * 3 * 1024 * 1.4)
-    assert budget.evaluation_work(2, 5, 512) == pytest.approx(3 * (2 * 1024 * 1.4 + 5 * 768))
+    assert budget.validation_work(2, 3) == pytest.approx(3 * 3 * 2048 * 1.4)
+    assert budget.evaluation_work(2, 5, 512) == pytest.approx(3 * (2 * 2048 * 1.4 + 5 * 768))
+    longer = a_budget(10_000, n_layers=2, heads=0.4, served=400)
+    more = longer.scan_work(1, 100, {}) - budget.scan_work(1, 100, {})
+    assert more == pytest.approx(1.5 * 400)  # a pass of the base, and its attention again
+
+
+def test_healing_reads_beyond_the_window_where_its_tokens_allow():
+    def context(window, tokens):
+        return layerboost.reach_beyond(window, distill.Healing(tokens)).context
+
+    assert [context(window, 10**6) for window in (256, 257, 1024, 5000)] == [512, 1024, 2048, 4096]
+    assert [context(1024, tokens) for tokens in (4096, 8192, 16_384)] == [512, 1024, 2048]
 
 
 @pytest.mark.parametrize("validations,steps", [(2, {0, 66}), (4, {0, 10, 62, 66})])
@@ -2487,9 +2532,9 @@ def test_a_tier_of_somebody_elses_goes_through_the_whole_story(llama, text, tmp_
 
     monkeypatch.setitem(attention.TIERS, "M", MeanPooling)
     monkeypatch.setattr(scan_module, "TRIALS", "XLM")
-    for module in (roofline, scan_module):
+    for module in (roofline, planner):
         monkeypatch.setattr(module, "plan_costs", with_mean)
-    monkeypatch.setitem(scan_module.PLANNERS, "tier", lambda *_: "SML")
+    monkeypatch.setitem(planner.PLANNERS, "tier", lambda *_: "SML")
     assert (
         layerboost.main(
             short_run(llama, text, tmp_path, "--measure", "kl", "--tokens", "1k", "--keep", "1")
@@ -2534,6 +2579,21 @@ def test_a_second_plan_comes_from_the_same_scan(made, llama, text, tmp_path, cap
     assert "Scan: read from" in printed and "was measured on other text than this run's" in printed
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["scan"] == scanned["layers"] and report["plan"].count("S") == 2
+
+
+def test_a_budget_chooses_the_window_too(llama, text, tmp_path):
+    """A cache of a third has no room for the widest."""
+    flags = short_run(llama, text, tmp_path, "--measure", "kl", "--tokens", "1k", "--cache", "0.35")
+    flags[flags.index("--window") : flags.index("--window") + 2] = "--workload", "1x512"
+    assert layerboost.main(flags) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    window = report["healed"]["window"]
+    assert window in [12 * times for times in scan_module.WINDOWS[:-2]]
+    model = load_model(str(tmp_path))
+    assert (model.plan, model.config.window) == (report["plan"], window)
+    sizes = [model_module.cache_bytes(x, 512) for x in (model, load_model(str(llama)))]
+    assert sizes[0] <= 0.35 * sizes[1]
+    assert report["command"]["window"] is None  # so that --repeat chooses it again
 
 
 def test_a_report_repeats_its_run(made, capsys):

@@ -26,7 +26,7 @@ from tokenizer import Tokenizer
 
 C4 = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"  # the text to heal on when none is named
 TEXT_TOKENS = 10_000_000  # read to heal on, whatever the budget: a run can go on to a larger one
-CONTEXT = 1024  # tokens of a sequence to evaluate on, and in the cache where decoding is timed
+CONTEXT = 2048  # tokens of a sequence to evaluate on: what a window misses shows beyond it
 TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json.gz")
 DOCUMENT = 20_000  # characters of a .txt file's documents at most, some 4,000 tokens
 TEXT_KINDS = (

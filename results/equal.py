@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import measure
+import planner
 import scan
 from bench import decode_times, format_table
 from config import default_window
@@ -36,12 +37,14 @@ from engine import Engine
 from fit import fit_maps
 from hub import fingerprint, read_json, write_json
 from model import Model, cache_bytes, convert, load_model
+from roofline import HARDWARE
 from terminal import token_count
 from text import pack_sequences, read_documents
 from tokenizer import load_tokenizer
 
 RESULTS = Path(__file__).resolve().parent
-MAPS = RESULTS / "smollm2-maps" / "scan.json"  # the default tiers
+MAPS = RESULTS / "smollm2-maps" / "scan.json"  # the default tiers, one window
+WINDOWS = RESULTS / "smollm2-windows" / "scan.json"  # the same, and what other windows do
 NOTHING = RESULTS / "smollm2-200k" / "scan.json"  # --paper's tiers
 CONTEXT = 4096
 EDGES = (0, 1024, 2048, 4096)
@@ -51,17 +54,30 @@ PLANNED = "planned, 7 S"
 WIDE = 512  # beyond this window, sequences of 512 tokens teach nothing
 
 
+def weigh_windows(model: Model) -> dict:
+    """The plan and window that `--cache 0.3` has."""
+    layers = scan.read_scan(WINDOWS)["layers"]
+    costs = {
+        window: planner.costs_of(layers, ["kl", "recall"], window)
+        for window in planner.windows_of(layers)
+    }
+    tiers = {"sinks": 4, "feature_map": "softmax", "removed": "linear"}
+    choices = planner.price_plans(model, costs, tiers, (16, CONTEXT), HARDWARE["a10"])
+    choice = planner.choose(choices, "cache", 0.3)
+    return {"plan": choice.plan, "window": choice.window, "removed": "linear"}
+
+
 def make_rows(model: Model) -> dict[str, dict]:
     """{name: settings}: `plan` and the tiers' settings; a `window` of None is the one that is left;
     `context` is that of healing's sequences."""
     n = len(model.layers)
-    costs = scan.costs_of(scan.read_scan(MAPS)["layers"], ["kl", "recall"])
-    by_nothing = scan.costs_of(scan.read_scan(NOTHING)["layers"], ["kl"])
-    best = scan.best_plans(costs)
+    costs = planner.costs_of(scan.read_scan(MAPS)["layers"], ["kl", "recall"])
+    by_nothing = planner.costs_of(scan.read_scan(NOTHING)["layers"], ["kl"])
+    best = planner.best_plans(costs)
     removed = {"plan": best[8, 6][1], "window": default_window(model.config)}
     uniform = {"plan": "L" * n}
     linear = uniform | {"window": 0, "sinks": 0}
-    paper = {"plan": scan.plan_paper(by_nothing, 8, 6), "window": 64, "feature_map": "hedgehog"}
+    paper = {"plan": planner.plan_paper(by_nothing, 8, 6), "window": 64, "feature_map": "hedgehog"}
 
     rows = {
         "6 removed, maps": removed | {"removed": "linear"},
@@ -82,6 +98,7 @@ def make_rows(model: Model) -> dict[str, dict]:
         "pruning alone, maps": {"plan": best[9, n - 9][1], "removed": "linear"},
         "SUPRA": linear | {"feature_map": "relu"},
         "Performer": linear | {"feature_map": "favor"},
+        "--cache 0.3": weigh_windows(model),
         "planned, 7 S, healed on 2,048": {"plan": best[7, 0][1], "context": 2048},
     }
 

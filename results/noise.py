@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
+import planner
 import scan
 from bench import format_table
 from measure import mean, standard_error
@@ -47,7 +48,7 @@ RULES = {
     "beyond its own standard error": spread_of_lengths,
     "beyond the median size": lambda layers: [median_size(layers)] * len(layers),
     "beyond the size of gains (the program's)": lambda layers: (
-        [scan.recall_noise(layers)] * len(layers)
+        [planner.recall_noise(layers)] * len(layers)
     ),
 }
 
@@ -72,7 +73,7 @@ def main() -> None:
                     damage = row[tier]
                     cost[tier] = damage["kl"] + max(0.0, damage["recall"] - noise[tier])
                 costs.append(cost)
-            best = scan.best_plans(costs)
+            best = planner.best_plans(costs)
             cells = [str(path.relative_to(RESULTS)), name]
             for split in SPLITS:
                 changed = zip(judge, best[split][1])

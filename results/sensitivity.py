@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
+import planner
 import scan
 from fit import fit_maps
 from hub import read_json, write_json
@@ -139,7 +140,7 @@ def grouped(row: dict[str, float]) -> dict[str, list[float]]:
 
 
 def costs_by(layers: list[dict], columns: list[str]) -> list[dict[str, float]]:
-    """Per layer the summed damage of the named columns, as `scan.costs_of` has it."""
+    """Per layer the summed damage of the named columns, as `planner.costs_of` has it."""
     costs = []
     for row in layers:
         cost = {"S": 0.0}
@@ -157,8 +158,10 @@ def run_plans(model_path: str, data: str, out: Path) -> None:
     model, tokenizer, fitting = load(model_path, data)
     layers = read_json(out / "scan.json")["layers"]
     costs = costs_by(layers, ["KL to 4,096"])
-    choices = scan.price_plans(model, costs, TIERS, (16, LONG), HARDWARE["a10"])
-    front = scan.frontier(choices)
+    choices = planner.price_plans(
+        model, {TIERS["window"]: costs}, TIERS, (16, LONG), HARDWARE["a10"]
+    )
+    front = planner.frontier(choices)
     front = front[1 :: max(1, len(front) // 10)][:10]
     plans = [choice.plan for choice in front]
     draw = random.Random(0)
@@ -231,7 +234,7 @@ def show(out: Path) -> None:
     )
     print("| made from | " + " | ".join(columns) + " |\n|---|" + "---:|" * len(columns))
     for source in columns:
-        plan = scan.plan_tier(costs_by(layers, [source]), KEEP, DROP)
+        plan = planner.plan_tier(costs_by(layers, [source]), KEEP, DROP)
         cells = []
         for target in columns:
             costs = costs_by(layers, [target])

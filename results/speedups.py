@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
+import planner
 import scan
 from bench import decode_times, print_figures
 from engine import Engine
@@ -36,12 +37,18 @@ def main() -> None:
     tiers = {name: made["identity"][name] for name in names}
 
     hardware = measure_hardware("cpu", dtype)
-    costs = scan.costs_of(made["layers"], ["kl", "recall"])
-    choices = scan.price_plans(model, costs, tiers, (batch, context), hardware)
-    chosen = {f"{x:g}": scan.choose(choices, "speedup", x) for x in SPEEDUPS}
+    costs = {
+        window: planner.costs_of(made["layers"], ["kl", "recall"], window)
+        for window in planner.windows_of(made["layers"]) or [tiers["window"]]
+    }
+    choices = planner.price_plans(model, costs, tiers, (batch, context), hardware)
+    chosen = {f"{x:g}": planner.choose(choices, "speedup", x) for x in SPEEDUPS}
 
     models = {"original": model}
-    models |= {name: convert(model, choice.plan, **tiers) for name, choice in chosen.items()}
+    models |= {
+        name: convert(model, choice.plan, **tiers | {"window": choice.window})
+        for name, choice in chosen.items()
+    }
     engines = {name: Engine(each, batch, context) for name, each in models.items()}
     times = decode_times(engines, context)
     dense = quantile(times["original"], 0.5)
@@ -50,7 +57,7 @@ def main() -> None:
         step = quantile(seconds, 0.5)
         row = {"asked": name, "step_ms": 1e3 * step, "measured": dense / step}
         row["quartiles_ms"] = [1e3 * quantile(seconds, q) for q in (0.25, 0.75)]
-        choice = chosen.get(name, scan.Choice(model.plan, 0.0, 1.0, 1.0))
+        choice = chosen.get(name, planner.Choice(model.plan, 0, 0.0, 1.0, 1.0))
         rows.append(row | choice._asdict())
     rates = f"{hardware.bandwidth / 1e9:.1f} GB/s, {hardware.rate / 1e12:.2f} Tflop/s"
     print(f"{batch} x {context}, {rates}")

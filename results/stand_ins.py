@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import distill
 import measure
+import planner
 import scan
 from adapter import LoRALinear, add_adapters
 from attention import LinearMap
@@ -173,10 +174,10 @@ def main() -> None:
     documents = read_documents(args.valid, "--valid")
     valid = pack_sequences(documents, tokenizer, eos, 1024, args.sequences * 1024)
     train = pack_sequences(read_documents(args.data), tokenizer, eos, CONTEXT, 4 * TOKENS)
-    costs = scan.costs_of(
+    costs = planner.costs_of(
         scan.read_scan(RESULTS / "smollm2-maps" / "scan.json")["layers"], ["kl", "recall"]
     )
-    plan = scan.plan_tier(costs, 8, 6)
+    plan = planner.plan_tier(costs, 8, 6)
     targets = measure.hidden_states(base, valid.split(4))
 
     def judge(model: Model) -> dict:

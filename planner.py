@@ -1,0 +1,248 @@
+"""The plan: which tier each layer gets, and which window L has, from what a scan has measured.
+
+`best_plans` finds, for every number of softmax layers (S) and of removed ones (X), the plan of the
+least summed damage, exactly; `frontier` keeps those, of all windows, that no other beats in damage
+and in speed or cache, so a budget of any of the three picks one. `plan_paper` ranks layers by their
+X column alone (arXiv 2604.22050).
+"""
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from hub import require
+from measure import mean, standard_error
+from model import Model, cache_bytes, convert
+from roofline import floor_seconds, plan_costs
+from scan import TRIALS
+
+SPEEDUPS = (1.0, 1.1, 1.2, 1.3, 1.5, 1.7, 2.0, 2.5, 3.0, 4.0)  # that the frontier shows
+
+
+# --- what a layer costs -------------------------------------------------------------------------
+
+
+def windows_of(layers: list[dict]) -> list[int]:
+    """Those whose damage a scan tells."""
+    names = [name for name in layers[0].get("L", {}) if name.startswith("window ")]
+    return [int(name.removeprefix("window ")) for name in names]
+
+
+def costs_of(
+    layers: list[dict], measures: list[str], window: int | None = None
+) -> list[dict[str, float]]:
+    """Per layer the damage of each tier, none for S: the sum of the chosen measures, none of them
+    below zero. Of recall counts what is beyond its noise, which on a few prompts is larger than the
+    KL of most layers. window: of L, one of `windows_of`; None for the one that the scan tried."""
+    noise = recall_noise(layers)
+    costs = []
+    for row in layers:
+        cost = {"S": 0.0}
+        for tier in "LX":
+            damage = dict(row[tier])
+            if "recall" in damage:
+                damage["recall"] -= noise[tier]
+            factor = damage.get(f"window {window}", 1.0)
+            cost[tier] = factor * sum(max(0.0, damage[name]) for name in measures)
+        costs.append(cost)
+    return costs
+
+
+def recall_noise(layers: list[dict]) -> dict[str, float]:
+    """The standard deviation of recall's noise, by tier. Damage lowers recall and noise goes both
+    ways, so the layers without which passkeys came out likelier show how large it is."""
+    noise = {}
+    for tier in TRIALS:
+        gains = [row[tier]["recall"] for row in layers if row[tier].get("recall", 0.0) < 0]
+        noise[tier] = mean(gain**2 for gain in gains) ** 0.5 if gains else 0.0
+    return noise
+
+
+# --- planners ----------------------------------------------------------------------------------
+
+
+def plan_paper(costs: list[dict], keep: int, drop: int) -> str:
+    """Three bands by the X column: the `keep` most sensitive stay S, the `drop` least become X."""
+    order = sorted(range(len(costs)), key=lambda i: costs[i]["X"])
+    plan = ["L"] * len(costs)
+    for i in order[len(order) - keep :]:
+        plan[i] = "S"
+    for i in order[:drop]:
+        plan[i] = "X"
+    return "".join(plan)
+
+
+def best_plans(costs: list[dict]) -> dict[tuple[int, int], tuple[float, str]]:
+    """{(S layers, X layers): (damage, plan)} of the least summed damage for every split, by dynamic
+    programming over the layers: best[s, x] is the cheapest way to give those so far s S and x X."""
+    best = {(0, 0): (0.0, "")}
+    for cost in costs:
+        longer: dict = {}
+        for (s, x), (total, plan) in best.items():
+            for tier, state in (("S", (s + 1, x)), ("L", (s, x)), ("X", (s, x + 1))):
+                candidate = (total + cost[tier], plan + tier)
+                longer[state] = min(longer.get(state, (math.inf, "")), candidate)
+        best = longer
+    return best
+
+
+def plan_tier(costs: list[dict], keep: int, drop: int) -> str:
+    """The plan with `keep` S and `drop` X of the least summed damage."""
+    return best_plans(costs)[keep, drop][1]
+
+
+PLANNERS = {"tier": plan_tier, "paper": plan_paper}
+
+
+class Choice(NamedTuple):
+    """A plan, its window, and what is predicted of them."""
+
+    plan: str
+    window: int  # of its L layers
+    damage: float  # the sum over its layers, before healing
+    speedup: float  # of a decoding step, at the floor that roofline.py counts
+    cache: float  # bytes of a sequence's cache, as a share of the original's
+
+    @property
+    def gain(self) -> dict[str, float]:
+        return {"speedup": self.speedup, "cache": -self.cache}
+
+
+def price_plans(
+    model: Model, costs: dict[int, list[dict]], tiers: dict, workload, hardware
+) -> list[Choice]:
+    """Of each window and split the plan of the least damage. costs: {window: those of `costs_of`};
+    workload: (sequences, tokens that each holds).
+
+    What a step costs depends on how many layers have each tier alone, since layers are alike: so
+    the best plans of all splits contain the best plan of any budget."""
+
+    def cost_of(plan: str, window: int) -> tuple[float, float]:
+        """Seconds of a step, and bytes of the caches."""
+        config = replace(model.config, plan=plan, **tiers | {"window": window})
+        parts = plan_costs(config, model.norm.weight.element_size(), *workload)
+        cache = parts["softmax cache"][0] + parts["window"][0] + parts["state"][0] / 2
+        return floor_seconds(parts, hardware), cache
+
+    seconds, cache = cost_of("S" * len(model.layers), 0)
+    choices = []
+    for window, its_costs in costs.items():
+        for damage, plan in best_plans(its_costs).values():
+            plan_seconds, plan_cache = cost_of(plan, window)
+            gain = seconds / plan_seconds, plan_cache / cache
+            choices.append(Choice(plan, window, damage, *gain))
+    return choices
+
+
+def frontier(choices: list[Choice], by: str = "speedup") -> list[Choice]:
+    """Those that no other beats in damage and in `by`, "speedup" or "cache"; least damage first."""
+    kept: list[Choice] = []
+    for choice in sorted(choices, key=lambda choice: (choice.damage, -choice.gain[by])):
+        if not kept or choice.gain[by] > kept[-1].gain[by]:
+            kept.append(choice)
+    return kept
+
+
+def choose(choices: list[Choice], budget: str, limit: float) -> Choice:
+    """The plan of the least damage that is `limit` times as fast (budget "speedup") or keeps at
+    most that share of the cache ("cache"), or the fastest of at most that "damage". Raises
+    InputError where none is."""
+    if budget == "damage":
+        return [choice for choice in frontier(choices) if choice.damage <= limit][-1]
+
+    front = frontier(choices, budget)
+    limit = -limit if budget == "cache" else limit
+    enough = [choice for choice in front if choice.gain[budget] >= limit]
+    best = abs(front[-1].gain[budget])
+    require(
+        enough,
+        f"--{budget} {abs(limit):g}: no plan goes beyond {best:.2f} at this --workload; "
+        "give that, or a longer context",
+    )
+    return enough[0]
+
+
+# --- what is shown -----------------------------------------------------------------------------
+
+
+def chart(layers: list[dict], measures: list[str], plan: str, window: int | None = None) -> str:
+    """Bars of the damage by layer as the planner counts it, on a logarithmic scale since it spans
+    three decades, with standard errors."""
+    low = 1e-3
+    costs = costs_of(layers, measures, window)
+    high = max(max(cost["X"], cost["L"]) for cost in costs) + 2 * low
+
+    def bar(cost: float, columns: dict[str, float]) -> str:
+        length = 15 * math.log(max(cost, low) / low) / math.log(high / low)
+        factor = columns.get(f"window {window}", 1.0)
+        error = factor * damage_error(columns, cost / factor)
+        shown = f"±{error:.4f}" if error else ""
+        return f"{'█' * int(length):15} {cost:8.4f}{shown:8}"
+
+    measured = " + ".join(measures)
+    lines = [
+        f"damage of changing one layer alone, {measured} (logarithmic bars, {low:g} to {high:.2g})",
+        f"layer  {'attention removed (X)':34}{'window and linear tail (L)':34}plan",
+    ]
+    for i, (cost, row, tier) in enumerate(zip(costs, layers, plan)):
+        lines.append(f"{i:5}  {bar(cost['X'], row['X'])}  {bar(cost['L'], row['L'])}  {tier}")
+    if "recall" in measures:
+        beyond = " and ".join(
+            f"{noise:.3f} ({tier})" for tier, noise in recall_noise(layers).items()
+        )
+        lines.append(f"recall counts beyond its noise, {beyond} nats")
+    return "\n".join(lines)
+
+
+def damage_error(columns: dict[str, float], cost: float) -> float:
+    """The standard error of a damage of which `cost` counts, as far as the scan tells: of recall,
+    where it counts, from how the context lengths differ, each a draw of prompts."""
+    error = columns.get("kl, error", 0.0)
+    if cost > max(0.0, columns.get("kl", 0.0)):
+        by_length = [value for name, value in columns.items() if name.startswith("recall at")]
+        error = math.hypot(error, standard_error(torch.tensor(by_length)))
+    return error
+
+
+def frontier_chart(choices: list[Choice], plan: str, window: int, title: str) -> str:
+    """A line for the plan of least damage at each of SPEEDUPS, and one for the plan chosen."""
+    front = frontier(choices)
+    shown = [next((c for c in front if c.speedup >= least), None) for least in SPEEDUPS]
+    shown += [choice for choice in choices if (choice.plan, choice.window) == (plan, window)]
+    shown = sorted({choice for choice in shown if choice}, key=lambda choice: choice.speedup)
+
+    most = max(choice.damage for choice in shown) or 1.0
+    lines = [title, "speedup  cache   S  L  X  window   damage"]
+    for choice in shown:
+        letters = "".join(f"{choice.plan.count(tier):3}" for tier in "SLX")
+        bar = "█" * round(24 * choice.damage / most)
+        mark = "  <- plan" if (choice.plan, choice.window) == (plan, window) else ""
+        line = f"{choice.speedup:7.2f} {choice.cache:6.2f} {letters} {choice.window:7,}"
+        lines.append(f"{line} {choice.damage:8.3f}  {bar}{mark}")
+    return "\n".join(lines)
+
+
+def describe_plan(
+    model: Model, plan: str, tiers: dict, layers: list[dict], measures: list[str]
+) -> list[str]:
+    """What a plan is predicted to cost before healing, where there is a scan, and what it saves."""
+    lines = []
+    if layers:
+        changed = [row[tier] for row, tier in zip(layers, plan) if tier != "S"]
+        times = [columns.get(f"window {tiers['window']}", 1.0) for columns in changed]
+        sums = [
+            f"{name} {sum(x * columns[name] for x, columns in zip(times, changed)):.3f}"
+            for name in measures
+        ]
+        lines.append(f"  predicted before healing, as the sum over its layers: {', '.join(sums)}")
+
+    before = cache_bytes(model, 8192) / 2**20
+    after = cache_bytes(convert(model, plan, **tiers), 8192) / 2**20
+    lines.append(
+        f"  {plan.count('S')} softmax, {plan.count('L')} sliding-window linear (window "
+        f"{tiers['window']:,}), {plan.count('X')} removed; cache of a sequence at 8k tokens "
+        f"{after:.1f} MiB, was {before:.1f} MiB"
+    )
+    return lines
