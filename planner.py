@@ -30,6 +30,14 @@ def windows_of(layers: list[dict]) -> list[int]:
     return [int(name.removeprefix("window ")) for name in names]
 
 
+def window_factor(columns: dict[str, float], measure: str, window: int | None) -> float:
+    """How many times the damage that was measured L would do with another window. KL goes with the
+    squared error of the layer's output, since its gradient is zero where nothing is changed; what
+    the model thinks of one answer goes with the error itself (results/windows.py)."""
+    squared = columns.get(f"window {window}", 1.0)
+    return squared if measure == "kl" else squared**0.5
+
+
 def costs_of(
     layers: list[dict], measures: list[str], window: int | None = None
 ) -> list[dict[str, float]]:
@@ -44,8 +52,9 @@ def costs_of(
             damage = dict(row[tier])
             if "recall" in damage:
                 damage["recall"] -= noise[tier]
-            factor = damage.get(f"window {window}", 1.0)
-            cost[tier] = factor * sum(max(0.0, damage[name]) for name in measures)
+            cost[tier] = sum(
+                window_factor(damage, name, window) * max(0.0, damage[name]) for name in measures
+            )
         costs.append(cost)
     return costs
 
@@ -176,8 +185,7 @@ def chart(layers: list[dict], measures: list[str], plan: str, window: int | None
 
     def bar(cost: float, columns: dict[str, float]) -> str:
         length = 15 * math.log(max(cost, low) / low) / math.log(high / low)
-        factor = columns.get(f"window {window}", 1.0)
-        error = factor * damage_error(columns, cost / factor)
+        error = damage_error(columns, cost, window)
         shown = f"±{error:.4f}" if error else ""
         return f"{'█' * int(length):15} {cost:8.4f}{shown:8}"
 
@@ -196,13 +204,15 @@ def chart(layers: list[dict], measures: list[str], plan: str, window: int | None
     return "\n".join(lines)
 
 
-def damage_error(columns: dict[str, float], cost: float) -> float:
+def damage_error(columns: dict[str, float], cost: float, window: int | None = None) -> float:
     """The standard error of a damage of which `cost` counts, as far as the scan tells: of recall,
     where it counts, from how the context lengths differ, each a draw of prompts."""
-    error = columns.get("kl, error", 0.0)
-    if cost > max(0.0, columns.get("kl", 0.0)):
+    factor = window_factor(columns, "kl", window)
+    error = factor * columns.get("kl, error", 0.0)
+    if cost > factor * max(0.0, columns.get("kl", 0.0)):
         by_length = [value for name, value in columns.items() if name.startswith("recall at")]
-        error = math.hypot(error, standard_error(torch.tensor(by_length)))
+        factor = window_factor(columns, "recall", window)
+        error = math.hypot(error, factor * standard_error(torch.tensor(by_length)))
     return error
 
 
@@ -231,11 +241,10 @@ def describe_plan(
     lines = []
     if layers:
         changed = [row[tier] for row, tier in zip(layers, plan) if tier != "S"]
-        times = [columns.get(f"window {tiers['window']}", 1.0) for columns in changed]
-        sums = [
-            f"{name} {sum(x * columns[name] for x, columns in zip(times, changed)):.3f}"
-            for name in measures
-        ]
+        sums = []
+        for name in measures:
+            damages = [window_factor(x, name, tiers["window"]) * x[name] for x in changed]
+            sums.append(f"{name} {sum(damages):.3f}")
         lines.append(f"  predicted before healing, as the sum over its layers: {', '.join(sums)}")
 
     before = cache_bytes(model, 8192) / 2**20

@@ -5,7 +5,7 @@ For each layer alone, X (attention removed, a linear map or nothing in its place
 by
 
     kl       KL(base || altered) on calibration text, in nats a token
-    recall   the drop in the log-probability of a passkey hidden in long text, in nats
+    recall   the drop in the log-probability of a passkey hidden in long text, in nats a token
     task     the drop in accuracy on a question file (the paper's benchmark degradation)
 
 The hidden state that enters layer i does not depend on what happens in layer i. So the base's
@@ -13,8 +13,7 @@ residual streams are carried from layer to layer, and a trial starts at its own 
 of running every altered model whole.
 
 L is tried with one window. What another one would do, at the context that the model is to serve,
-needs no trial: the damage of a small change grows with its square, so it is to the damage measured
-as the squared errors of the layer's attention are to each other (`window_factors`).
+needs no trial: it follows from the error of the layer's attention (`window_factors`).
 """
 
 import math
@@ -111,8 +110,11 @@ def recall_probe(
     batches = [pad_prompts(group).to(model.device) for group in groups.values()]
 
     def log_likelihoods(hiddens: list[Tensor]) -> list[list[float]]:
-        scored = [score_rows(x, model.head, group) for x, group in zip(hiddens, groups.values())]
-        return [[answer.log_likelihood for answer in group] for group in scored]
+        figures = []
+        for x, group in zip(hiddens, groups.values()):
+            scored = zip(score_rows(x, model.head, group), group)
+            figures.append([answer.log_likelihood / len(ids) for answer, (_, ids) in scored])
+        return figures
 
     base = log_likelihoods(hidden_states(model, batches))
 
@@ -169,11 +171,9 @@ def make_probes(
 def window_factors(
     attention: SoftmaxAttention, x: Tensor, rotary, window: int, sinks: int, judged: int
 ) -> dict[str, float]:
-    """{"window w": how many times the damage that L with `window` does to the first `judged`
-    tokens it would do with w to all of x [B, T, hidden_size], the layer's normed input}.
-
-    KL is quadratic in a small change of the output: its gradient is zero where nothing is changed.
-    """
+    """{"window w": the squared error of the layer's output where it sees w tokens and the sinks, on
+    all of x [B, T, hidden_size], its normed input, as a multiple of that with `window` on the first
+    `judged` tokens}."""
     query, key, value = attention.project(x, rotary)
     i = torch.arange(x.shape[1], device=x.device)
     t = i[:: max(1, len(i) // QUERIES)]

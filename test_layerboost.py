@@ -1574,11 +1574,11 @@ def test_a_window_is_weighed_by_the_error_of_the_layers_output(llama, monkeypatc
     expected = {f"window {w}": float(errors(w).mean() / measured) for w in (D, 2 * D)}
     assert factors == pytest.approx(expected, rel=1e-3)
 
-    columns = {"kl": 0.1} | factors
-    layers = [{"X": {"kl": 0.5}, "L": columns}]
+    layers = [{"X": {"kl": 0.5, "recall": 1.0}, "L": {"kl": 0.1, "recall": 0.2} | factors}]
     assert planner.windows_of(layers) == [D, 2 * D]
-    cost = planner.costs_of(layers, ["kl"], D)[0]
-    assert cost == {"S": 0, "X": 0.5, "L": pytest.approx(0.1 * expected[f"window {D}"], rel=1e-3)}
+    cost = planner.costs_of(layers, ["kl", "recall"], D)[0]
+    times = expected[f"window {D}"]
+    assert cost == {"S": 0, "X": 1.5, "L": pytest.approx(0.1 * times + 0.2 * times**0.5, rel=1e-3)}
 
 
 def test_luck_is_no_gain():

@@ -140,13 +140,22 @@ def main() -> None:
 
     planner.TRIALS = "".join(TRIED)
     noise = planner.recall_noise(layers)["A"]
+    heard = [i for i, row in enumerate(layers) if row["A"]["recall"] > noise]
+    for letter in "BC":
+        measured = sum(layers[i][letter]["recall"] for i in heard)
+        said = f"recall of {len(heard)} layers: measured {measured:.2f} nats a token"
+        for power, name in ((0.5, "by the error"), (1, "by its square")):
+            times = [factors[i][TRIED[letter]] ** power for i in heard]
+            predicted = sum(x * layers[i]["A"]["recall"] for i, x in zip(heard, times))
+            said += f", {name} {predicted:.2f}"
+        print(f"window {TRIED[letter]}: {said}")
     cache = 0.3 * len(layers) * LONG + 64
     rows = {"4 S, windows of 773": tuple("S" if i in (7, 18, 20, 23) else 773 for i in range(30))}
     for name, recall in (("kl", 0), ("kl + recall", 1)):
         costs = []
         for row, x in zip(layers, factors):
-            damage = row["A"]["kl"] + recall * max(0.0, row["A"]["recall"] - noise)
-            costs.append({"S": 0.0} | {w: damage * times for w, times in x.items()})
+            kl, nats = row["A"]["kl"], recall * max(0.0, row["A"]["recall"] - noise)
+            costs.append({"S": 0.0} | {w: kl * e + nats * e**0.5 for w, e in x.items()})
         rows[f"windows of their own, by {name}"] = own_windows(costs, cache)
 
     documents = read_documents(args.valid, "--valid")
