@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 
+from config import default_window
 from distill import Healing, Optimizer, distillation, prepare
 from hub import read_json, require, write_json
 from machine import gather, is_main_process, rank_and_world
@@ -40,7 +41,7 @@ HEALING = 6  # the work of a token that is healed on
 DECODING = 7_000  # the work of timing three models as they decode; it grows with nothing
 WRITING = 40_000  # the same of writing with three models, where enough text is judged for it
 LEAST_STEPS = 8  # of healing, that --minutes has room for
-MEASURING = 4.0  # seconds in which the speed of this machine is measured, if two rounds fit
+MEASURING = 2.0  # seconds in which the speed of this machine is measured
 
 # Sequences, the tokens of each, prompts of the recall measure.
 SCANS = (
@@ -270,18 +271,23 @@ def announce(model: Model, budget: Budget, rates: Rates, scanned: int, tokens: i
 
 
 def measure_rates(model: Model, settings: Healing, args) -> Rates:
-    """The medians of several forward passes, and of as many steps of healing with every other
-    layer linear. The first of each is slower and does not count."""
+    """The medians of forward passes and of steps of healing, the first of several left out. Most
+    layers of the student are linear, with a window as a plan may have it, since that is what a step
+    depends on."""
     tokens = min(1024, model.config.max_position_embeddings)
     text = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
 
     n = len(model.layers)
-    student = convert(model, ("SL" * n)[:n])
+    window = args.window
+    if window is None:
+        window = (2 if weighs_windows(args) else 1) * default_window(model.config)
+    student = convert(model, ("LLSLL" * n)[:n], window)
     student.recompute = recomputes(args, weighs_windows(args))
     optimizer = Optimizer(prepare(student, settings))
     for parameter in optimizer.trained.values():
         parameter.requires_grad_(True)
-    read = torch.zeros(settings.together, settings.context, dtype=torch.int64, device=model.device)
+    length = max(settings.context, min(2 * window, tokens))
+    read = torch.zeros(settings.together, length, dtype=torch.int64, device=model.device)
 
     rounds: list[tuple[float, float]] = []  # seconds of a pass and of a step
     began = time.perf_counter()
@@ -295,8 +301,8 @@ def measure_rates(model: Model, settings: Healing, args) -> Rates:
         float(loss)
         end = time.perf_counter()
         rounds.append((between - start, end - between))
-        if len(rounds) > 1 and end - began > MEASURING:
+        if end - began > MEASURING:
             break
-    passing, stepping = map(statistics.median, zip(*rounds[1:]))
+    passing, stepping = map(statistics.median, zip(*(rounds[1:] or rounds)))
     own = tokens / passing, read.numel() / stepping
     return Rates(*map(sum, zip(*gather(own))))
