@@ -209,6 +209,7 @@ class Run:
         self.student = student
         self.settings = settings
         self.optimizer = Optimizer(prepare(student, settings))
+        self.start = {name: x.detach().clone() for name, x in self.optimizer.trained.items()}
         self.tails = tail_names(student)
         self.step = 0
         self.curve = {"train": [], "valid": [], "sequences": len(valid)}
@@ -310,9 +311,19 @@ class Run:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Writes what was learned to adapter.safetensors and merges it into the weights."""
+        """Writes what was learned to adapter.safetensors and merges it into the weights; the start
+        of it, which changes nothing, where validation says that it did harm: on a plan of little
+        damage a few steps can."""
         student, settings = self.student, self.settings
         student.config.healed_context = settings.longest
+        (seen, first), (_, last) = self.curve["valid"][0], self.curve["valid"][-1]
+        if seen == 0 and last > first:
+            say(
+                f"Healing did harm (validation KL {first:.4f} -> {last:.4f}): what it learned is "
+                "left out, the model is as converted. More --tokens or a lower --lr may heal it."
+            )
+            for name, x in self.optimizer.trained.items():
+                x.copy_(self.start[name])
         path = self.checkpoint.with_name("adapter.safetensors")
         save_adapter(self.teacher, student, settings.rank, path)
 

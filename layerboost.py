@@ -126,10 +126,8 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     # Scan and plan.
     fitting = fitting_text(train, budget.fitting, SCAN_TOKENS)
     layers = scan_layers(model, tokenizer, train, fitting, tiers, settings, budget, rates, args)
-    plan, window = args.plan, tiers["window"]
-    if plan is None:
-        plan, window = make_plan(model, layers, tiers, args)
-    tiers = tiers | {"window": window}
+    plan, window = make_plan(model, layers, tiers, args)
+    tiers["window"] = window
     say(f"\nPlan: {plan}", *planner.describe_plan(model, plan, tiers, layers, args.measure))
 
     # Convert. `converted` keeps untrained tails of its own; the student's are trained.
@@ -326,8 +324,11 @@ def earlier_scan(
 
 
 def make_plan(model: Model, layers: list[dict], tiers: dict, args) -> tuple[str, int]:
-    """The plan and the window of its L layers, from the scan, by --keep and --drop or the one
-    budget that is given; shows why."""
+    """The plan and the window of its L layers: as stated, or from the scan, by --keep and --drop or
+    the one budget that is given; shows why."""
+    if args.plan:
+        return args.plan, tiers["window"]
+
     hardware = HARDWARE.get(args.hardware) or measure_hardware(args.device, model.norm.weight.dtype)
     windows = planner.windows_of(layers) if weighs_windows(args) else []
     costs = {

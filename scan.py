@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from attention import SoftmaxAttention
 from fit import BATCH, fit_map
 from hub import fingerprint, read_json, require, write_json
 from kernels import attend, causal_mask
@@ -169,12 +168,14 @@ def make_probes(
 
 
 def window_factors(
-    attention: SoftmaxAttention, x: Tensor, rotary, window: int, sinks: int, judged: int
+    model: Model, layer: int, x: Tensor, window: int, sinks: int, judged: int
 ) -> dict[str, float]:
-    """{"window w": the squared error of the layer's output where it sees w tokens and the sinks, on
-    all of x [B, T, hidden_size], its normed input, as a multiple of that with `window` on the first
-    `judged` tokens}."""
-    query, key, value = attention.project(x, rotary)
+    """{"window w": the squared error of a layer's attention that sees w tokens and the sinks, on
+    x [B, T, hidden_size], the stream that enters the layer, as a multiple of that with `window` on
+    the first `judged` tokens}."""
+    block = model.layers[layer]
+    attention = block.self_attn
+    query, key, value = attention.project(block.input_layernorm(x), model.rotary(x.shape[1]))
     i = torch.arange(x.shape[1], device=x.device)
     t = i[:: max(1, len(i) // QUERIES)]
     query = query[:, :, t]
@@ -252,10 +253,7 @@ def scan(
                 ends = advance(model, changed, i + 1, n, bar)
                 columns |= probe.damage([model.norm(x) for x in ends])
             for x in long if tier == "L" else ():
-                block, settings = model.layers[i], (tiers["window"], tiers["sinks"], judged)
-                angles = model.rotary(x.shape[1])
-                x = block.input_layernorm(x)
-                columns |= window_factors(block.self_attn, x, angles, *settings)
+                columns |= window_factors(model, i, x, tiers["window"], tiers["sinks"], judged)
             if not all(map(math.isfinite, columns.values())):
                 raise Diverged(f"the damage of layer {i} as {tier} is not a finite number")
             shown = " ".join(f"{k} {columns[k]:.3f}" for k in MEASURES if k in columns)

@@ -1559,8 +1559,8 @@ def test_a_window_is_weighed_by_the_error_of_the_layers_output(llama, monkeypatc
     model = load_model(str(llama))
     monkeypatch.setattr(scan_module, "WINDOWS", (1, 2))  # times the head size
     D, layer = model.config.head_dim, model.layers[1]
-    x = layer.input_layernorm(torch.randn(2, 64, model.config.hidden_size))
-    rotary = model.rotary(64)
+    stream = torch.randn(2, 64, model.config.hidden_size)
+    x, rotary = layer.input_layernorm(stream), model.rotary(64)
 
     def errors(window):
         config = replace(model.config, window=window, sinks=2, feature_map="none")
@@ -1569,7 +1569,7 @@ def test_a_window_is_weighed_by_the_error_of_the_layers_output(llama, monkeypatc
         change = tier(x, rotary) - layer.self_attn(x, rotary)
         return change.detach().square().mean((0, 2))
 
-    factors = scan_module.window_factors(layer.self_attn, x, rotary, 8, 2, judged=40)
+    factors = scan_module.window_factors(model, 1, stream, 8, 2, judged=40)
     measured = errors(8)[:40].mean()
     expected = {f"window {w}": float(errors(w).mean() / measured) for w in (D, 2 * D)}
     assert factors == pytest.approx(expected, rel=1e-3)
@@ -1907,6 +1907,19 @@ def test_healing_helps_and_resumes_exactly(healed, llama, tmp_path, monkeypatch)
     assert_same_weights(resumed, student)
     read_back, _ = heal_small(llama, cut)
     assert_same_weights(read_back, student)
+
+
+def test_healing_that_did_harm_is_left_out(llama, tmp_path, capsys):
+    """The model is as converted, and so is that of the adapter."""
+    healed, curve = heal_small(llama, tmp_path / "healing.safetensors", lr=3.0)
+    assert curve["valid"][-1][1] > curve["valid"][0][1]
+    assert "Healing did harm (validation KL" in capsys.readouterr().out
+    base = load_model(str(llama))
+    config = healed.config
+    tiers = {name: getattr(config, name) for name in ("window", "sinks", "feature_map", "removed")}
+    converted = convert(base, config.plan, **tiers)
+    assert_same_weights(healed, converted)
+    assert_same_weights(load_adapter(base, tmp_path / "adapter.safetensors"), converted)
 
 
 def flip_a_bit(path: Path) -> None:

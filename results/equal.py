@@ -99,6 +99,11 @@ def make_rows(model: Model) -> dict[str, dict]:
         "SUPRA": linear | {"feature_map": "relu"},
         "Performer": linear | {"feature_map": "favor"},
         "--cache 0.3": weigh_windows(model),
+        "6 S, 3 removed, windows of 512": {  # where recall weighs six times as much
+            "plan": "LLLLLLXSXLLLLLLXLLSLSSSSLLLLLL",
+            "window": 512,
+            "removed": "linear",
+        },
         "planned, 7 S, healed on 2,048": {"plan": best[7, 0][1], "context": 2048},
     }
 

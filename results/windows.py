@@ -52,10 +52,8 @@ def predict(model: Model, text: Tensor) -> list[dict[int, float]]:
     """By layer, how many times the damage of the first window each of WINDOWS does."""
     factors = []
     x = model.embed_tokens(text)
-    rotary = model.rotary(LONG)
-    for i, layer in enumerate(model.layers):
-        h = layer.input_layernorm(x)
-        columns = scan.window_factors(layer.self_attn, h, rotary, TRIED["A"], 4, LONG)
+    for i in range(len(model.layers)):
+        columns = scan.window_factors(model, i, x, TRIED["A"], 4, LONG)
         factors.append({w: columns[f"window {w}"] for w in WINDOWS})
         x = model.run_layers(x, i, i + 1)
     return factors
