@@ -160,9 +160,10 @@ def weighs_windows(args) -> bool:
     return args.window is None and args.plan is None and "keep" not in args.limits
 
 
-def recomputes(args, wide: bool) -> bool:
-    """Activation checkpointing where it is not asked for: the scores of wide windows take
-    gigabytes."""
+def recomputes(args, window: int, model: Model) -> bool:
+    """Activation checkpointing, for windows beyond the default where it is not asked for or
+    forbidden: their scores take gigabytes."""
+    wide = window > default_window(model.config)
     return wide if args.activation_checkpointing is None else args.activation_checkpointing
 
 
@@ -282,7 +283,7 @@ def measure_rates(model: Model, settings: Healing, args) -> Rates:
     if window is None:
         window = (2 if weighs_windows(args) else 1) * default_window(model.config)
     student = convert(model, ("LLSLL" * n)[:n], window)
-    student.recompute = recomputes(args, weighs_windows(args))
+    student.recompute = recomputes(args, window, model)
     optimizer = Optimizer(prepare(student, settings))
     for parameter in optimizer.trained.values():
         parameter.requires_grad_(True)

@@ -78,7 +78,7 @@ from terminal import (
 from text import C4, ENCODING, TEXT_KINDS, TEXT_TOKENS, fitting_text, read_text
 from tokenizer import Tokenizer, load_tokenizer
 
-CONTEXT = 512  # tokens of a sequence in healing's first two stages, or more (`reach_beyond`)
+SHORT_CONTEXT = 512  # tokens of a sequence in healing's first two stages, or more (`reach_beyond`)
 LONG_CONTEXT = 4096  # tokens a sequence in the last stage of healing, or all of its positions
 DAMAGE = 0.05  # that a plan may do where no budget is given: twice the speed for SmolLM2
 
@@ -116,7 +116,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     hold_folder(out)
 
     # The budget rules the sizes of all that follows.
-    step = args.batch * min(args.context or CONTEXT, model.config.max_position_embeddings)
+    step = args.batch * min(args.context or SHORT_CONTEXT, model.config.max_position_embeddings)
     rates = measure_rates(model, healing_settings(model, step, 2, args), args)
     budget = make_budget(model, args, step, rates)
     args.tokens, args.sequences, args.passkeys = budget.tokens, budget.sequences, budget.passkeys
@@ -136,7 +136,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     if "X" in plan and args.removed == "linear":
         fit_maps(model, converted, fitting)
         copy_maps(converted, student)
-    student.recompute = recomputes(args, window > default_window(model.config))
+    student.recompute = recomputes(args, window, model)
 
     # Heal.
     if args.context is None and "L" in plan:
@@ -223,10 +223,10 @@ def check_arguments(model: Model, source: Path, tiers: dict, args) -> None:
 
 
 def healing_settings(model: Model, tokens: int, validations: int, args) -> Healing:
-    """On sequences of --context or CONTEXT. Raises InputError where memory or disk are too small
-    for them."""
+    """On sequences of --context or SHORT_CONTEXT. Raises InputError where memory or disk are too
+    small for them."""
     reach = model.config.max_position_embeddings
-    context = min(args.context or CONTEXT, reach)
+    context = min(args.context or SHORT_CONTEXT, reach)
     settings = Healing(
         tokens,
         rank=args.rank,

@@ -24,30 +24,17 @@ SPEEDUPS = (1.0, 1.1, 1.2, 1.3, 1.5, 1.7, 2.0, 2.5, 3.0, 4.0)  # that the fronti
 # --- what a layer costs -------------------------------------------------------------------------
 
 
-def told(columns: dict[str, float]) -> dict[int, float]:
-    """What a scan tells of other windows, by window (`scan.window_factors`)."""
-    names = [name for name in columns if name.startswith("window ")]
-    return {int(name.removeprefix("window ")): columns[name] for name in names}
-
-
 def windows_of(layers: list[dict]) -> list[int]:
-    """Multiples of the head size between those that a scan tells of; none where it does not."""
-    known = told(layers[0].get("L", {}))
-    return list(range(min(known), max(known) + 1, min(known) // 2)) if known else []
+    """Those whose damage a scan tells (`scan.window_factors`)."""
+    names = [name for name in layers[0].get("L", {}) if name.startswith("window ")]
+    return [int(name.removeprefix("window ")) for name in names]
 
 
 def window_factor(columns: dict[str, float], measure: str, window: int | None) -> float:
     """How many times the damage that was measured L would do with another window. KL goes with the
     squared error of the layer's output, since its gradient is zero where nothing is changed; what
-    the model thinks of one answer goes with the error itself (results/windows.py). Between two
-    windows the error is taken to fall as a power."""
-    known = told(columns)
-    if window is None or not known:
-        return 1.0
-    below = max((w for w in known if w <= window), default=min(known))
-    above = min((w for w in known if w >= window), default=max(known))
-    share = math.log(window / below) / math.log(above / below) if above != below else 0.0
-    squared = known[below] ** (1 - share) * known[above] ** share
+    the model thinks of one answer goes with the error itself (results/windows.py)."""
+    squared = columns.get(f"window {window}", 1.0)
     return squared if measure == "kl" else squared**0.5
 
 

@@ -287,9 +287,15 @@ def read_scan(path: Path) -> dict:
     """A scan file: {"identity": {...}, "layers": [...]}, the layers as `scan` gives them. Raises
     InputError for one that is damaged."""
 
+    def is_column(name: str, x) -> bool:
+        if type(x) not in (int, float) or not abs(x) < 1e30:
+            return False
+        window = name.removeprefix("window ")
+        return window == name or window.isdecimal() and len(window) < 8 and x >= 0
+
     def is_damage(columns) -> bool:
-        numbers = columns.values() if isinstance(columns, dict) else ()
-        return bool(numbers) and all(type(x) in (int, float) and abs(x) < 1e30 for x in numbers)
+        items = columns.items() if isinstance(columns, dict) else ()
+        return bool(items) and all(is_column(*item) for item in items)
 
     def is_row(row) -> bool:
         return isinstance(row, dict) and "X" in row and not set(row) - {"X", "L"}

@@ -1152,6 +1152,18 @@ def test_a_task_measure_belongs_to_its_question_file(llama, text, tmp_path, caps
         scan_module.check_scan(tmp_path / "scan.json", made_for, ["task"], 3)
 
 
+@pytest.mark.parametrize("column", [("window 16", -0.5), ("window x", 0.5), ("window -16", 0.5)])
+def test_a_scan_with_a_window_that_cannot_be_is_refused(column, tmp_path):
+    path = tmp_path / "scan.json"
+    layers = [{"X": {"kl": 1.0}, "L": {"kl": 0.5, "window 16": 0.5}}]
+    path.write_text(json.dumps({"identity": {"window": 8}, "layers": layers}))
+    assert planner.windows_of(scan_module.read_scan(path)["layers"]) == [16]
+    layers[0]["L"] = {"kl": 0.5} | dict([column])
+    path.write_text(json.dumps({"identity": {"window": 8}, "layers": layers}))
+    with pytest.raises(InputError, match="is no scan file, or damaged"):
+        scan_module.read_scan(path)
+
+
 def test_a_scan_made_on_other_text_is_used_and_the_difference_stays_known(tmp_path, capsys):
     path = tmp_path / "scan.json"
     layers = [{"X": {"kl": 1.0}, "L": {"kl": 0.5}}, {"X": {"kl": 2.0}}]

@@ -1575,11 +1575,7 @@ def test_a_window_is_weighed_by_the_error_of_the_layers_output(llama, monkeypatc
     assert factors == pytest.approx(expected, rel=1e-3)
 
     layers = [{"X": {"kl": 0.5, "recall": 1.0}, "L": {"kl": 0.1, "recall": 0.2} | factors}]
-    assert planner.windows_of(layers) == [D, D + D // 2, 2 * D]
-    between = planner.window_factor(factors, "kl", round(D * 2**0.5))  # on a power law
-    assert between == pytest.approx(
-        (factors[f"window {D}"] * factors[f"window {2 * D}"]) ** 0.5, 0.02
-    )
+    assert planner.windows_of(layers) == [D, 2 * D]
     cost = planner.costs_of(layers, ["kl", "recall"], D)[0]
     times = expected[f"window {D}"]
     assert cost == {"S": 0, "X": 1.5, "L": pytest.approx(0.1 * times + 0.2 * times**0.5, rel=1e-3)}
@@ -2605,7 +2601,7 @@ def test_a_budget_chooses_the_window_too(llama, text, tmp_path):
     assert layerboost.main(flags) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     window = report["healed"]["window"]
-    assert window % 12 == 0 and 24 <= window < 12 * 24
+    assert window in [12 * times for times in scan_module.WINDOWS[:-2]]
     model = load_model(str(tmp_path))
     assert (model.plan, model.config.window) == (report["plan"], window)
     sizes = [model_module.cache_bytes(x, 512) for x in (model, load_model(str(llama)))]
