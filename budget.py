@@ -272,9 +272,9 @@ def announce(model: Model, budget: Budget, rates: Rates, scanned: int, tokens: i
 
 
 def measure_rates(model: Model, settings: Healing, args) -> Rates:
-    """The medians of forward passes and of steps of healing, the first of several left out. Most
-    layers of the student are linear, with a window as a plan may have it, since that is what a step
-    depends on."""
+    """The medians of forward passes and of steps of healing. The first of each is slower, and left
+    out unless it takes so long that it must do. Most layers of the student are linear, with a
+    window as a plan may have it, since that is what a step depends on."""
     tokens = min(1024, model.config.max_position_embeddings)
     text = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
 
@@ -302,7 +302,7 @@ def measure_rates(model: Model, settings: Healing, args) -> Rates:
         float(loss)
         end = time.perf_counter()
         rounds.append((between - start, end - between))
-        if end - began > MEASURING:
+        if end - began > MEASURING * (1 if rounds[1:] else 4):
             break
     passing, stepping = map(statistics.median, zip(*(rounds[1:] or rounds)))
     own = tokens / passing, read.numel() / stepping
