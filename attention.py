@@ -248,7 +248,8 @@ class WindowLinearAttention(SoftmaxAttention):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         B, G, _, D = key.shape
-        window, sinks = self.config.window, self.config.sinks
+        window = min(self.config.window, key.shape[2])  # a wider one would see no more
+        sinks = self.config.sinks
         features = feature_size(self.config.feature_map, D)
         past = Past(
             start=torch.zeros(1, dtype=torch.int64, device=key.device),
@@ -267,7 +268,8 @@ class WindowLinearAttention(SoftmaxAttention):
         """Attention over `past`, the window before the first query and the queries' own tokens
         (key, value [B, G, window + T, D]). Returns it [B, H, T, D], and phi [B, G, T, F] of the
         token that leaves the window as each query arrives."""
-        window, tokens = self.config.window, query.shape[2]
+        tokens = query.shape[2]
+        window = key.shape[2] - tokens
         run = twin("window_linear_attention", key)
         if not self.has_tail:
             return run(query, key, value, None, None, None, past, window), None

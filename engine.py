@@ -282,9 +282,9 @@ def working_bytes(model: Model, room: int, shortest: int) -> tuple[float, float]
     state = 0
     if "L" in c.plan:
         F, D = feature_size(c.feature_map, c.head_dim), c.head_dim
-        # Scores, the same less their maximum and exp of that; some six vectors of each head and
-        # four of its features: all in float32. Queries go in chunks of 64.
-        seen = c.window + c.sinks + 64
+        # Scores, their weights, and both again in half precision; some six vectors of each head
+        # and four of its features: all but those in float32.
+        seen = c.window + c.sinks + max(64, c.window // 4)  # by a query, and beside it in its chunk
         token = max(token, c.num_attention_heads * 4 * (3 * seen + 6 * D + 4 * F))
         state = 4 * c.num_key_value_heads * F * (D + 1)
     return prompts + chunk * token + GRAPHS, token + state + size * c.vocab_size

@@ -12,7 +12,7 @@ import sys
 import torch
 from torch import Tensor
 
-from kernels import group_heads, join_tail, write_slot
+from kernels import group_heads, join_tail, join_terms, write_slot
 
 
 def runs(x: Tensor) -> bool:
@@ -65,10 +65,7 @@ def window_linear_step(query, new_key, new_value, slot, key, value, end, *tail) 
     log_sum = log_sum.T.reshape(*local.shape[:3], 1)
 
     tail_numerator, tail_denominator, b = join_tail(*tail)
-    m = torch.maximum(log_sum, b)
-    local_scale, tail_scale = torch.exp(log_sum - m), torch.exp(b - m)
-    numerator = local_scale * local + tail_scale * tail_numerator
-    out = numerator / (local_scale + tail_scale * tail_denominator)
+    out = join_terms(local, log_sum, tail_numerator, tail_denominator, b)
     return out.view_as(query).to(query.dtype)
 
 

@@ -161,9 +161,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for a few queries: [B, H, T, D] over key, value [B, G, keys, D],
     of which `seen` [B, T, keys] are seen. The query heads of a key/value head are rows of one
     product, so each key is read once."""
-    scores = (
-        group_heads(query * query.shape[-1] ** -0.5, key.shape[1]) @ key.mT
-    )  # (B, G, R * T, keys)
+    rows = group_heads(query * query.shape[-1] ** -0.5, key.shape[1])  # (B, G, R * T, D)
+    scores = rows @ key.mT
 
     # Adding 0 or -inf is several times as fast as filling under a mask.
     bias = torch.where(seen, 0.0, -torch.inf).to(scores.dtype)
@@ -213,7 +212,7 @@ def causal_mask(
     query_position = query_position[..., :, None]
     key_position = key_position[..., None, :]
     seen = key_position <= query_position
-    if sliding_window:
+    if sliding_window is not None:
         seen &= key_position > query_position - sliding_window
     return seen
 
@@ -287,72 +286,107 @@ def window_linear_attention(
     query arrives, zero where that is a sink or no token. Returns [B, H, T, D]."""
     tokens = query.shape[2]
     chunk = min(chunk, tokens)
+    wide = max(chunk, min(window // 4, tokens))  # chunks of keys that overlap less
     if phi_query is None:
-        numerator, denominator, _ = local_attention(query, key, value, past, window, chunk)
-        return (numerator / denominator).to(query.dtype)
+        return local_attention(query, key, value, past, window, wide)[0]
 
     leaving = value[:, :, :tokens].float()
     numerator, denominator = tail_attention(phi_query, phi_key, leaving, past, chunk)
-    if window or past.sink_key.shape[2]:
-        local = local_attention(query, key, value, past, window, chunk)
-        local_numerator, local_denominator, local_m = local
+    if not window + past.sink_key.shape[2]:
+        return (numerator / denominator).to(query.dtype)
+    local, log_sum = local_attention(query, key, value, past, window, wide)
+    b = tail_logit.view(-1, 1, 1).where(denominator > 0, -torch.inf)  # (B, H, T, 1)
+    return join_terms(local, log_sum, numerator, denominator, b).to(query.dtype)
 
-        # Both terms on one scale: m = max(max_i a_i, b), without b where there is no tail yet.
-        b = tail_logit.view(-1, 1, 1).where(denominator > 0, -torch.inf)  # (B, H, T, 1)
-        m = torch.maximum(local_m, b.detach())
-        local_scale = torch.exp(local_m - m)
-        tail_scale = torch.exp(b - m)
-        numerator = local_scale * local_numerator + tail_scale * numerator
-        denominator = local_scale * local_denominator + tail_scale * denominator
-    return (numerator / denominator).to(query.dtype)
+
+def join_terms(
+    local: Tensor, log_sum: Tensor, numerator: Tensor, denominator: Tensor, b: Tensor
+) -> Tensor:
+    """The formula at the head of this file, from the softmax attention over the local keys alone
+    [..., D], log sum_local exp(a_i) [..., 1], and the tail's terms without exp(b); b is -inf where
+    there is no tail yet. Both terms on one scale, m."""
+    m = torch.maximum(log_sum, b).detach()
+    local_scale = torch.exp(log_sum - m)
+    tail_scale = torch.exp(b - m)
+    joined = local_scale * local + tail_scale * numerator
+    return joined / (local_scale + tail_scale * denominator)
 
 
 def local_attention(
     query: Tensor, key: Tensor, value: Tensor, past: Past, window: int, chunk: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The local terms: sum_local exp(a_i - m) v_i and sum_local exp(a_i - m), with m = max_local
-    a_i.
+) -> tuple[Tensor, Tensor]:
+    """The local terms: softmax attention over the local keys alone [B, H, T, D], and
+    log sum_local exp(a_i) [B, H, T, 1] in float32.
 
-    A chunk of C queries sees a band of window + C keys: query j of the chunk sees the keys
-    j < i <= j + window of its band, and those sinks that are no longer in its window.
-    Returns [B, H, T, D] in value's dtype, [B, H, T, 1] in float32, and m [B, H, T, 1].
+    A chunk of C queries reads a band of window + C keys, the last of which is its own last token;
+    each query sees its window of it, and those sinks that are no longer in its window.
     """
+    B, G, _, D = key.shape
     tokens = query.shape[2]
-    query = split_chunks(
-        query * query.shape[-1] ** -0.5, key.shape[1], chunk
-    )  # (B, G, n, R * C, D)
+    query = split_chunks(query * D**-0.5, G, chunk)  # (B, G, n, R * C, D)
     n = query.shape[2]
     padding = n * chunk + window - key.shape[2]
-    band_key = F.pad(key, (0, 0, 0, padding)).unfold(
-        2, chunk + window, chunk
-    )  # (B, G, n, D, C + w)
-    band_value = F.pad(value, (0, 0, 0, padding)).unfold(2, chunk + window, chunk)
+
+    def bands(x: Tensor, sinks: Tensor) -> Tensor:
+        """What each chunk reads of them, [B * n, G, s + w + C, D]."""
+        band = F.pad(x, (0, 0, 0, padding)).unfold(2, chunk + window, chunk).mT
+        sinks = sinks[:, :, None].expand(-1, -1, n, -1, -1)
+        return torch.cat((sinks, band), dim=3).transpose(1, 2).flatten(0, 1)
 
     position = torch.arange(n * chunk, device=query.device).view(n, chunk)
-    position = past.start[:, None, None] + position  # (B, n, C)
-    j = torch.arange(chunk, device=query.device)[:, None]
-    i = torch.arange(chunk + window, device=query.device)
-    exists = position[..., :1] - window + i >= 0  # (B, n, C + w)
-    seen_band = ((i > j) & (i <= j + window)) & exists[..., None, :]  # (B, n, C, C + w)
+    position = past.start[:, None, None] + position  # (B or 1, n, C)
+    band = torch.arange(-window, chunk, device=query.device) + position[..., :1]
+    seen_band = causal_mask(position, band, window) & (band >= 0)[..., None, :]
     sink = torch.arange(past.sink_key.shape[2], device=query.device)
-    seen_sink = sink <= position[..., None] - window  # (B, n, C, s)
-    seen = torch.cat((seen_sink, seen_band), dim=-1)[:, None, :, None]  # (B, 1, n, 1, C, s + C + w)
+    seen_sink = sink <= position[..., None] - window
+    seen = torch.cat((seen_sink, seen_band), dim=-1)  # (B or 1, n, C, s + w + C)
 
-    sink_scores = query @ past.sink_key[:, :, None].mT
-    scores = torch.cat((sink_scores, query @ band_key), dim=-1).float()
-    scores = scores.unflatten(3, (-1, chunk)) + torch.where(seen, 0.0, -torch.inf)
-    scores = scores.flatten(3, 4)  # (B, G, n, R * C, s + C + w)
+    bias = torch.where(seen, 0.0, -torch.inf).to(query.dtype)
+    bias = bias.repeat(1, 1, query.shape[3] // chunk, 1).expand(B, -1, -1, -1)
+    bias = bias.flatten(0, 1)[:, None]  # (B * n, 1, R * C, s + w + C)
+    query = query.transpose(1, 2).flatten(0, 1)  # (B * n, G, R * C, D)
+    attend = FusedAttention.apply if query.device.type == "cpu" else attend_with_sum
+    parts = attend(query, bands(key, past.sink_key), bands(value, past.sink_value), bias)
+    return tuple(join_chunks(x.unflatten(0, (B, n)).transpose(1, 2), tokens, chunk) for x in parts)
 
-    m = scores.detach().amax(-1, keepdim=True)
-    weights = torch.exp(scores - m)
-    sink_weights, band_weights = weights.to(value.dtype).split((len(sink), len(i)), dim=-1)
-    numerator = band_weights @ band_value.mT + sink_weights @ past.sink_value[:, :, None]
-    denominator = weights.sum(-1, keepdim=True)
-    return (
-        join_chunks(numerator, tokens, chunk),
-        join_chunks(denominator, tokens, chunk),
-        join_chunks(m, tokens, chunk),
-    )
+
+def attend_with_sum(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T + bias) v [..., queries, D], and the log of its denominators [..., queries, 1]
+    in float32."""
+    scores = (query @ key.mT).float() + bias
+    log_sum = scores.logsumexp(-1, keepdim=True)
+    return scores.softmax(-1).to(value.dtype) @ value, log_sum
+
+
+class FusedAttention(torch.autograd.Function):
+    """`attend_with_sum` by the kernel behind F.scaled_dot_product_attention on a CPU, which never
+    holds all the scores. It has no gradient of the log-sum l. With w the weights,
+
+        dL/da_i = w_i (do . v_i - do . o + dl)
+
+    and `o` enters the kernel's backward pass in that product alone: so it is given an o' with
+    do . o' = do . o - dl. (`join_terms` has a gradient of l only where it has one of o.)
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, bias):
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, log_sum = attend(query, key, value, attn_mask=bias, scale=1.0)
+        ctx.save_for_backward(query, key, value, bias, out, log_sum)
+        return out, log_sum[..., None]
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_log_sum):
+        query, key, value, bias, out, log_sum = ctx.saved_tensors
+        square = grad_out.float().square().sum(-1, keepdim=True)
+        shift = grad_log_sum / square.clamp(min=torch.finfo(torch.float32).tiny)
+        shifted = (out - shift * grad_out).to(out.dtype)
+
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        whole = (grad_out.contiguous(), query, key, value, shifted, log_sum)
+        return *backward(*whole, 0.0, False, attn_mask=bias, scale=1.0), None
 
 
 def tail_attention(
@@ -489,40 +523,25 @@ class SlicedKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, student_head, teacher_head, compile):
-        kl_of = compiled(logit_kl) if compile else logit_kl
-        gradient_of = compiled(logit_kl_gradient) if compile else logit_kl_gradient
-        learns, head_learns = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-        grad_student = torch.empty_like(student) if learns else None
-        grad_head = torch.zeros_like(student_head, dtype=torch.float32) if head_learns else None
+        kl_and_gradient = compiled(logit_kl_gradient) if compile else logit_kl_gradient
+        gradient = torch.empty_like(student)
         total = torch.zeros((), device=student.device)
         rows = slice_rows(student.device)
 
         for start in range(0, len(student), rows):
             part = slice(start, start + rows)
             student_logits = student[part] @ student_head.T  # (rows, V)
-            teacher_logits = teacher[part] @ teacher_head.T
-            if not (learns or head_learns):
-                total += kl_of(student_logits, teacher_logits).sum()
-                continue
-
-            kl, grad_logits = gradient_of(student_logits, teacher_logits)
+            kl, grad_logits = kl_and_gradient(student_logits, teacher[part] @ teacher_head.T)
             total += kl.sum()
-            if learns:
-                grad_student[part] = grad_logits @ student_head
-            if head_learns:
-                grad_head += (grad_logits.T @ student[part]).float()
+            gradient[part] = grad_logits @ student_head
 
-        ctx.save_for_backward(grad_student, grad_head)
+        ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        grad_student, grad_head = ctx.saved_tensors
-        if grad_student is not None:
-            grad_student = grad_student * grad.to(grad_student.dtype)
-        if grad_head is not None:
-            grad_head = grad_head * grad
-        return grad_student, None, grad_head, None, None
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.to(gradient.dtype), None, None, None, None
 
 
 def sliced_kl(
@@ -533,6 +552,6 @@ def sliced_kl(
     compile: bool = False,
 ) -> Tensor:
     """Mean KL(teacher || student) per token. student, teacher [N, d]: hidden states after the final
-    norm; the heads [V, d]. Gradients reach `student`, and `student_head` where it asks for them."""
+    norm; the heads [V, d]. Gradients reach `student` alone."""
     total = SlicedKL.apply(student, teacher, student_head, teacher_head, compile)
     return total / len(student)

@@ -119,10 +119,8 @@ def attend(layer, name: str, x: float, query: Tensor, key: Tensor, value: Tensor
     numerator, denominator = forgetting_tail(phi_query, phi_key, left, log_gamma, chunk)
 
     local = kernels.local_attention(query, key, value, past, c.window, chunk)
-    local_numerator, local_denominator, m = local
-    scale = torch.exp(layer.tail_logit.view(-1, 1, 1) - m)  # b stays below 20 or so: no overflow
-    numerator = local_numerator + scale * numerator
-    return (numerator / (local_denominator + scale * denominator)).to(query.dtype)
+    b = layer.tail_logit.view(-1, 1, 1).where(denominator > 0, -torch.inf)
+    return kernels.join_terms(*local, numerator, denominator, b).to(query.dtype)
 
 
 def change_tails(student: Model, name: str, x: float) -> dict[str, nn.Parameter]:

@@ -36,9 +36,9 @@ def tail_share(query, key, value, phi_query, phi_key, tail_logit, past, window, 
     """[T]: exp(b) phi(q)^T z over the whole denominator, averaged over batch and heads."""
     leaving = value[:, :, : query.shape[2]].float()
     _, tail = kernels.tail_attention(phi_query, phi_key, leaving, past, chunk)
-    _, local, m = kernels.local_attention(query, key, value, past, window, chunk)
-    tail = tail * torch.exp(tail_logit.view(-1, 1, 1) - m)
-    return (tail / (tail + local)).mean((0, 1, 3))
+    _, log_sum = kernels.local_attention(query, key, value, past, window, chunk)
+    tail = tail * torch.exp(tail_logit.view(-1, 1, 1) - log_sum)
+    return (tail / (tail + 1)).mean((0, 1, 3))
 
 
 def tail_shares(model: Model, ids: Tensor) -> dict[int, Tensor]:
