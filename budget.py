@@ -56,7 +56,7 @@ SCANS = (
 SCAN_TOKENS = SCANS[-1][0] * SCANS[-1][1]  # that a scan judges at most
 
 SERVED = 8192  # tokens at most, of the text that windows are weighed on
-WEIGHING = 1.5  # the work of a token of it
+WEIGHING = 2.5  # the work of a token of it
 
 FITTED = 28  # tokens that linear maps are fitted on, for each of their inputs
 

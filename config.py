@@ -211,6 +211,7 @@ def read_rope(raw: dict, path: Path) -> dict:
         least = 1.0001 if key == "rope_theta" else 1e-9 if key in needed else 0
         right = type(rope[key]) in (int, float) and least <= rope[key] < 1e30
         require(right, f"{path}: {key} is {rope[key]!r:.40}; give a number above {least:.0f}")
+        rope[key] = float(rope[key])  # torch takes no whole number beyond 2^63
     return rope
 
 

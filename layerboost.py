@@ -277,8 +277,9 @@ def scan_layers(
     say(f"\nScan: one layer at a time, {resumed}.")
     start = time.monotonic()
     calibration = train.flatten().unfold(0, longest, longest)[:count]
+    local = tiers["window"] + tiers["sinks"]
     probes = scan.make_probes(
-        model, tokenizer, args.measure, calibration, train, budget.prompts, args.tasks
+        model, tokenizer, args.measure, calibration, train, budget.prompts, args.tasks, local
     )
     served = None
     if budget.served and longest >= 2 * tiers["window"]:  # else the damage tells nothing of it
@@ -303,11 +304,10 @@ def earlier_scan(
     InputError for a --scan that does not fit or is not whole."""
     n = len(model.layers)
     same = scan.identity_of(model, train.flatten()[: budget.context], tiers)
+    same["served"] = budget.served  # tokens of the text that windows are weighed on
     if not args.scan:  # it can be gone on with, under the same sizes
         count, longest = budget.calibration
         same["sizes"] = f"{count} x {longest} tokens, passkeys {budget.prompts}"
-        if budget.served:
-            same["sizes"] += f", windows for {budget.served:,} tokens"
     if "task" in args.measure:
         same["task file"] = hash_files(args.tasks[0])
 

@@ -16,7 +16,7 @@ from hub import require
 from measure import mean, standard_error
 from model import Model, cache_bytes, convert
 from roofline import floor_seconds, plan_costs
-from scan import TRIALS
+from scan import MEASURES, ROUNDING
 
 SPEEDUPS = (1.0, 1.1, 1.2, 1.3, 1.5, 1.7, 2.0, 2.5, 3.0, 4.0)  # that the frontier shows
 
@@ -38,24 +38,35 @@ def window_factor(columns: dict[str, float], measure: str, window: int | None) -
     return squared if measure == "kl" else squared**0.5
 
 
+def damages_of(layers: list[dict], window: int | None = None) -> list[dict[str, dict[str, float]]]:
+    """Per layer {tier: {measure: damage}}, less what is noise, none below zero. Of KL that is what
+    rounding makes of the same attention in another order: in bfloat16 most of what L seems to do to
+    many layers. Of recall, on a few prompts, it is more than the KL of most layers. window: of L,
+    one of `windows_of`; None for the one that the scan tried."""
+    by_tier = recall_noise(layers)
+    damages = []
+    for row in layers:
+        damage: dict = {}
+        for tier, columns in row.items():
+            noise = {"kl": row["L"].get(ROUNDING, 0.0), "recall": by_tier[tier]}
+            damage[tier] = {
+                name: window_factor(columns, name, window)
+                * max(0.0, columns[name] - noise.get(name, 0.0))
+                for name in MEASURES
+                if name in columns
+            }
+        damages.append(damage)
+    return damages
+
+
 def costs_of(
     layers: list[dict], measures: list[str], window: int | None = None
 ) -> list[dict[str, float]]:
-    """Per layer the damage of each tier, none for S: the sum of the chosen measures, none of them
-    below zero. Of recall counts what is beyond its noise, which on a few prompts is larger than the
-    KL of most layers. window: of L, one of `windows_of`; None for the one that the scan tried."""
-    noise = recall_noise(layers)
+    """Per layer the damage of each tier, none for S: the sum of the chosen measures."""
     costs = []
-    for row in layers:
-        cost = {"S": 0.0}
-        for tier in "LX":
-            damage = dict(row[tier])
-            if "recall" in damage:
-                damage["recall"] -= noise[tier]
-            cost[tier] = sum(
-                window_factor(damage, name, window) * max(0.0, damage[name]) for name in measures
-            )
-        costs.append(cost)
+    for damage in damages_of(layers, window):
+        sums = {tier: sum(by_measure[x] for x in measures) for tier, by_measure in damage.items()}
+        costs.append({"S": 0.0} | sums)
     return costs
 
 
@@ -63,7 +74,7 @@ def recall_noise(layers: list[dict]) -> dict[str, float]:
     """The standard deviation of recall's noise, by tier. Damage lowers recall and noise goes both
     ways, so the layers without which passkeys came out likelier show how large it is."""
     noise = {}
-    for tier in TRIALS:
+    for tier in layers[0]:
         gains = [row[tier]["recall"] for row in layers if row[tier].get("recall", 0.0) < 0]
         noise[tier] = mean(gain**2 for gain in gains) ** 0.5 if gains else 0.0
     return noise
@@ -182,10 +193,13 @@ def chart(layers: list[dict], measures: list[str], plan: str, window: int | None
     low = 1e-3
     costs = costs_of(layers, measures, window)
     high = max(max(cost["X"], cost["L"]) for cost in costs) + 2 * low
+    noise = recall_noise(layers)
 
-    def bar(cost: float, columns: dict[str, float]) -> str:
+    def bar(i: int, tier: str) -> str:
+        cost, columns = costs[i][tier], layers[i][tier]
         length = 15 * math.log(max(cost, low) / low) / math.log(high / low)
-        error = damage_error(columns, cost, window)
+        heard = "recall" in measures and columns["recall"] > noise[tier]
+        error = damage_error(columns, heard, window)
         shown = f"±{error:.4f}" if error else ""
         return f"{'█' * int(length):15} {cost:8.4f}{shown:8}"
 
@@ -194,22 +208,22 @@ def chart(layers: list[dict], measures: list[str], plan: str, window: int | None
         f"damage of changing one layer alone, {measured} (logarithmic bars, {low:g} to {high:.2g})",
         f"layer  {'attention removed (X)':34}{'window and linear tail (L)':34}plan",
     ]
-    for i, (cost, row, tier) in enumerate(zip(costs, layers, plan)):
-        lines.append(f"{i:5}  {bar(cost['X'], row['X'])}  {bar(cost['L'], row['L'])}  {tier}")
+    lines += [f"{i:5}  {bar(i, 'X')}  {bar(i, 'L')}  {tier}" for i, tier in enumerate(plan)]
+
+    rounding = mean(row["L"].get(ROUNDING, 0.0) for row in layers)
+    if "kl" in measures and rounding > low / 10:
+        lines.append(f"KL counts beyond what rounding does, {rounding:.4f} nats a layer")
     if "recall" in measures:
-        beyond = " and ".join(
-            f"{noise:.3f} ({tier})" for tier, noise in recall_noise(layers).items()
-        )
+        beyond = " and ".join(f"{nats:.3f} ({tier})" for tier, nats in noise.items())
         lines.append(f"recall counts beyond its noise, {beyond} nats")
     return "\n".join(lines)
 
 
-def damage_error(columns: dict[str, float], cost: float, window: int | None = None) -> float:
-    """The standard error of a damage of which `cost` counts, as far as the scan tells: of recall,
-    where it counts, from how the context lengths differ, each a draw of prompts."""
-    factor = window_factor(columns, "kl", window)
-    error = factor * columns.get("kl, error", 0.0)
-    if cost > factor * max(0.0, columns.get("kl", 0.0)):
+def damage_error(columns: dict[str, float], heard: bool, window: int | None = None) -> float:
+    """The standard error of a damage, as far as the scan tells: of recall, where it counts
+    (`heard`), from how the context lengths differ, each a draw of prompts."""
+    error = window_factor(columns, "kl", window) * columns.get("kl, error", 0.0)
+    if heard:
         by_length = [value for name, value in columns.items() if name.startswith("recall at")]
         factor = window_factor(columns, "recall", window)
         error = math.hypot(error, factor * standard_error(torch.tensor(by_length)))
@@ -240,11 +254,9 @@ def describe_plan(
     """What a plan is predicted to cost before healing, where there is a scan, and what it saves."""
     lines = []
     if layers:
-        changed = [row[tier] for row, tier in zip(layers, plan) if tier != "S"]
-        sums = []
-        for name in measures:
-            damages = [window_factor(x, name, tiers["window"]) * x[name] for x in changed]
-            sums.append(f"{name} {sum(damages):.3f}")
+        damages = damages_of(layers, tiers["window"])
+        changed = [damage[tier] for damage, tier in zip(damages, plan) if tier != "S"]
+        sums = [f"{name} {sum(damage[name] for damage in changed):.3f}" for name in measures]
         lines.append(f"  predicted before healing, as the sum over its layers: {', '.join(sums)}")
 
     before = cache_bytes(model, 8192) / 2**20

@@ -47,7 +47,8 @@ from tokenizer import Tokenizer
 TASK_ITEMS = 100  # of the first question file, of the task measure
 MEASURES = ("kl", "recall", "task")
 TRIALS = "XL"  # the tiers that every layer is tried in
-WINDOWS = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # of L, that a plan may have, times the head size
+ROUNDING = "kl, in the window"  # the column of what rounding does: there L sees all that S does
+WINDOWS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # of plans, times the head size
 QUERIES = 128  # that tell a window's error
 
 
@@ -61,9 +62,10 @@ class Probe(NamedTuple):
     damage: Callable[[list[Tensor]], dict[str, float]]  # {column: damage}, 0 for none
 
 
-def kl_probe(model: Model, sequences: Tensor) -> Probe:
-    """Columns besides `kl`: either half of the text, early and late positions. Every fourth
-    position is judged, since the head costs as much as a third of the layers."""
+def kl_probe(model: Model, sequences: Tensor, local: int) -> Probe:
+    """Columns besides `kl`: either half of the text, early and late positions, and those before
+    `local`, where L sees every token. Every fourth position is judged, since the head costs as much
+    as a third of the layers."""
     every = 4
     batches = list(sequences.to(model.device).split(2))
     base = [hidden[:, ::every] for hidden in hidden_states(model, batches)]
@@ -78,6 +80,7 @@ def kl_probe(model: Model, sequences: Tensor) -> Probe:
         half, quarter = len(kl) // 2, kl.shape[1] // 4
         columns = {
             "kl": kl,
+            ROUNDING: kl[:, : max(1, local // every)],
             f"kl, tokens to {every * quarter}": kl[:, :quarter],
             f"kl, tokens from {2 * every * quarter}": kl[:, 2 * quarter :],
         }
@@ -151,12 +154,13 @@ def make_probes(
     text: Tensor,
     prompts: dict[int, int],
     tasks: list[str],
+    local: int = 0,
 ) -> list[Probe]:
     """calibration [N, T] and text, of any shape, are ids; prompts: {length: count} of the passkeys
-    hidden in the text; `task` takes the first of `tasks`."""
+    hidden in the text; `task` takes the first of `tasks`; local: tokens that L sees as S does."""
     probes = []
     if "kl" in measures:
-        probes.append(kl_probe(model, calibration))
+        probes.append(kl_probe(model, calibration, local))
     if "recall" in measures:
         probes.append(recall_probe(model, tokenizer, text, prompts))
     if "task" in measures:
@@ -288,7 +292,7 @@ def read_scan(path: Path) -> dict:
     InputError for one that is damaged."""
 
     def is_column(name: str, x) -> bool:
-        if type(x) not in (int, float) or not abs(x) < 1e30:
+        if type(x) not in (int, float) or not abs(x) < 1e15:  # nats
             return False
         window = name.removeprefix("window ")
         return window == name or window.isdecimal() and len(window) < 8 and x >= 0
@@ -334,12 +338,15 @@ def check_scan(path: Path, identity: dict, measures: list[str], n: int) -> list[
     for key, value in identity.items():
         before = made["identity"].get(key)
         require(
-            key == "data" or before == value or (key == "sizes" and not unfinished),
+            key == "data" or before == value or (key in ("sizes", "served") and not unfinished),
             f"{path}: was measured with {key} {before}, this run has {value}; {again}",
         )
     if made["identity"].get("data") != identity.get("data"):
         say(f"{path} was measured on other text than this run's; it is used all the same.")
         identity["data"] = "several texts"  # if this run goes on with it
+    served, weighed = identity.get("served"), made["identity"].get("served")
+    if served and isinstance(weighed, int) and served != weighed > 0:
+        say(f"{path} weighed windows for texts of {weighed:,} tokens, not of {served:,}.")
     return made["layers"]
 
 

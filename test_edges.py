@@ -47,7 +47,7 @@ from conftest import GOLDEN, boosted, needs_cpp, short_run, write_model
 from golden.make_golden import CONFIGS, SMALL
 from hub import InputError, content_hash, hash_files
 from kernels import Past
-from model import load_model, load_tokenizer, save_model
+from model import load_model, load_tokenizer, rotary_frequencies, save_model
 from text import read_documents
 from tokenizer import Tokenizer
 
@@ -725,6 +725,18 @@ def test_nulls_and_other_spellings_that_do_no_harm_are_read(tmp_path):
     assert dataclasses.replace(read_config(tmp_path), raw=plain.raw) == plain
 
 
+@pytest.mark.parametrize("theta", [10**28, 2, 1e28])
+def test_rope_theta_may_be_a_whole_number_of_any_size(theta, tmp_path):
+    """As JSON can hold."""
+    (tmp_path / "config.json").write_text(
+        json.dumps(SMALL | CONFIGS["llama"] | {"rope_theta": theta})
+    )
+    frequencies = rotary_frequencies(read_config(tmp_path))
+    D = 2 * len(frequencies)
+    expected = [theta ** (-2 * j / D) for j in range(D // 2)]
+    torch.testing.assert_close(frequencies, torch.tensor(expected))
+
+
 def test_a_stored_head_of_a_tied_model_is_used_where_it_differs(tmp_path):
     """As transformers 5 does; one stored alone is the embedding, too."""
     folder = write_model(tmp_path / "tied", CONFIGS["llama"] | {"tie_word_embeddings": True})
@@ -1173,6 +1185,17 @@ def test_a_scan_made_on_other_text_is_used_and_the_difference_stays_known(tmp_pa
         assert scan_module.check_scan(path, identity, ["kl"], 2) == layers
         assert capsys.readouterr().out.count("was measured on other text") == said
     assert identity["data"] == "several texts"  # what the rest of it is written with
+
+
+@pytest.mark.parametrize("weighed,said", [(64, 0), (128, 1), ("128", 0), (None, 0)])
+def test_windows_weighed_for_other_texts_are_used_and_told(weighed, said, tmp_path, capsys):
+    path = tmp_path / "scan.json"
+    layers = [{"X": {"kl": 1.0}, "L": {"kl": 0.5, "window 16": 0.5}}]
+    path.write_text(json.dumps({"identity": {"served": weighed}, "layers": layers}))
+    assert scan_module.check_scan(path, {"served": 64}, ["kl"], 1) == layers
+    assert (
+        capsys.readouterr().out.count("weighed windows for texts of 128 tokens, not of 64") == said
+    )
 
 
 def test_part_of_a_scan_is_no_scan(made, llama, text, tmp_path, capsys):

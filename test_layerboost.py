@@ -1625,8 +1625,21 @@ def test_the_error_of_a_damage_is_how_far_texts_differ():
     assert error == pytest.approx((1 / 12) ** 0.5)  # variance 1 in each quarter, 12 of them
 
     columns = {"kl": 0.2, "kl, error": 0.01, "recall at 96": 1.0, "recall at 128": 1.4}
-    assert planner.damage_error(columns, 0.2) == 0.01
-    assert planner.damage_error(columns, 1.4) == pytest.approx(0.2, abs=1e-3)
+    assert planner.damage_error(columns, False) == 0.01
+    assert planner.damage_error(columns, True) == pytest.approx(0.2, abs=1e-3)
+
+
+def test_rounding_is_no_damage(llama, tmp_path):
+    """The same attention computed in another order: all that L does to a text in its window."""
+    model, tokenizer = load_model(str(llama), dtype=torch.bfloat16), load_tokenizer(str(llama))
+    ids = torch.randint(0, 700, (2, 128), generator=torch.Generator().manual_seed(0))
+    for window, damages in ((126, False), (8, True)):
+        probes = scan_module.make_probes(model, tokenizer, ["kl"], ids, ids, {}, [], window + 2)
+        tiers = TIERS | {"window": window, "sinks": 2}
+        layers = scan_module.scan(model, probes, tiers, tmp_path / "scan.json", {}, [])
+        for row, cost in zip(layers, planner.costs_of(layers, ["kl"])):
+            assert row["L"]["kl"] > 0 and (cost["L"] > 0) == damages
+            assert row["X"]["kl"] > cost["X"] > 0.5 * row["X"]["kl"]
 
 
 def test_spearman():
@@ -1695,7 +1708,7 @@ def test_work_by_hand():
     assert budget.evaluation_work(2, 5, 512) == pytest.approx(3 * (2 * 2048 * 1.4 + 5 * 768))
     longer = a_budget(10_000, n_layers=2, heads=0.4, served=400)
     more = longer.scan_work(1, 100, {}) - budget.scan_work(1, 100, {})
-    assert more == pytest.approx(1.5 * 400)  # a pass of the base, and its attention again
+    assert more == pytest.approx(2.5 * 400)  # a pass of the base, and its attention with 15 windows
 
 
 def test_healing_reads_beyond_the_window_where_its_tokens_allow():
