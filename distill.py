@@ -18,7 +18,7 @@ Each stage ends with the average of its weights (`Optimizer`).
 A run of N tokens is a fixed list of steps, and what a step reads depends on the seed alone. So a
 run that goes on from a checkpoint ends with the same weights, bit for bit, as one that was never
 stopped. It can also go on to a larger N, or end at a smaller one, since the first two stages of
-both begin alike (from 60 short steps on; fewer would be all warm-up). Under torchrun every process
+both begin alike (from 30 short steps on). Under torchrun every process
 takes its share of each step's sequences, and the gradients are summed (data parallelism).
 """
 
@@ -82,7 +82,6 @@ class Healing:
         )
 
         self.transfer_steps = min(self.transfer_steps, self.short_steps // 3)
-        self.warm_up = min(self.warm_up, self.short_steps // 3)
         self.steps = self.short_steps + long_steps
         self.stage_ends = (self.transfer_steps, self.short_steps, self.steps)
         self.trained_tokens = self.tokens_after(self.steps)

@@ -88,7 +88,7 @@ TINY_DEFAULTS = {  # what stands for flags that are not given, without --model
     "data": str(TINY / "train.jsonl.gz"),
     "valid": str(TINY / "valid.jsonl.gz"),
     "tokens": 36_000,
-    "damage": 0.02,  # it has few layers, and each removed one shows
+    "damage": 0.015,  # it has few layers, and each removed one shows
 }
 
 PAPER = {"planner": "paper", "removed": "nothing", "window": 64, "feature_map": "hedgehog"}
