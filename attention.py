@@ -153,7 +153,7 @@ class SoftmaxAttention(nn.Module):
         return {}
 
     def tail_parameters(self) -> list[str]:
-        """Of those, the names of what attention transfer trains."""
+        """Of those, the names of what can learn."""
         return []
 
     def new_cache(self, batch: int, max_tokens: int, dtype: torch.dtype, device) -> SoftmaxCache:
@@ -224,7 +224,7 @@ class WindowLinearAttention(SoftmaxAttention):
         return {"query_map": maps[0], "key_map": maps[1], "tail_logit": torch.full((H,), FAINT)}
 
     def tail_parameters(self) -> list[str]:
-        """What attention transfer trains: W where it is learned (Performer's is fixed), and b,
+        """What can learn: W where it is learned (Performer's is fixed), and b,
         which cancels out where nothing is local."""
         c = self.config
         names = []

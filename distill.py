@@ -2,24 +2,21 @@
 
 The teacher is the original model. The student is the same weights under a plan (`convert` shares
 the tensors), with low-rank adapters on every linear layer, so one copy of the weights serves both.
-Three stages share the token budget:
+Two stages share the token budget:
 
-1. attention transfer: each L layer reads what the teacher's layer reads, and its feature map and
-   tail logit learn to give what the teacher's attention gives (LoLCATs, arXiv 2410.10254, 3.2):
-   mean |student - teacher|^2 / mean |teacher|^2.
-2. distillation: KL(teacher || student) on the next token (arXiv 1503.02531) trains the adapters
+1. distillation: KL(teacher || student) on the next token (arXiv 1503.02531) trains the adapters
    (LoRA, arXiv 2106.09685) and the tails. Sequences are short and a step takes one: many small
    steps learn more from the same tokens than a few large ones (results/healing.md).
-3. the same loss on long sequences trains the tails alone. A tail's weight grows with the number of
+2. the same loss on long sequences trains the tails alone. A tail's weight grows with the number of
    tokens in it; what it should weigh after thousands cannot be learned from hundreds.
 
 Each stage ends with the average of its weights (`Optimizer`).
 
 A run of N tokens is a fixed list of steps, and what a step reads depends on the seed alone. So a
 run that goes on from a checkpoint ends with the same weights, bit for bit, as one that was never
-stopped. It can also go on to a larger N, or end at a smaller one, since the first two stages of
-both begin alike (from 30 short steps on). Under torchrun every process
-takes its share of each step's sequences, and the gradients are summed (data parallelism).
+stopped. It can also go on to a larger N, or end at a smaller one, since the first stages of both
+begin alike. Under torchrun every process takes its share of each step's sequences, and the
+gradients are summed (data parallelism).
 """
 
 import json
@@ -51,18 +48,17 @@ class Healing:
     """The settings of a run. A checkpoint goes on only under the same ones, except `tokens` and
     `validations`."""
 
-    tokens: int = 10_000_000  # that the three stages train on, in all
-    transfer_steps: int = 10  # of stage 1
-    warm_up: int = 20  # steps in which the learning rate of stage 2 rises
-    long_share: float = 0.1  # of the tokens, for stage 3
+    tokens: int = 10_000_000  # that both stages train on, in all
+    warm_up: int = 20  # steps in which the learning rate of stage 1 rises
+    long_share: float = 0.1  # of the tokens, for stage 2
     rank: int = 16  # of the adapters
-    lr: float = 1e-3  # of stage 2
-    tail_lr: float = 1e-2  # of stages 1 and 3, where the tails learn alone
-    context: int = 512  # tokens of a sequence in stages 1 and 2
-    long_context: int = 4096  # the same in stage 3
+    lr: float = 1e-3  # of stage 1
+    tail_lr: float = 1e-2  # of stage 2, where the tails learn alone
+    context: int = 512  # tokens of a sequence in stage 1
+    long_context: int = 4096  # the same in stage 2
     batch: int = 1  # sequences of a step, over all processes
     validations: int = 8  # at most, over the run
-    compile: bool = False  # run the KL, and the blocks of stages 1 and 2, through torch.compile
+    compile: bool = False  # run the KL, and the blocks of stage 1, through torch.compile
     seed: int = 0
 
     def __post_init__(self):
@@ -81,9 +77,8 @@ class Healing:
             f"--tokens {self.tokens}: a step is {short:,}; give at least as many",
         )
 
-        self.transfer_steps = min(self.transfer_steps, self.short_steps // 3)
         self.steps = self.short_steps + long_steps
-        self.stage_ends = (self.transfer_steps, self.short_steps, self.steps)
+        self.stage_ends = (self.short_steps, self.steps)
         self.trained_tokens = self.tokens_after(self.steps)
         self.longest = self.long_context if long_steps else self.context
         self.together = self.batch // world
@@ -95,16 +90,14 @@ class Healing:
 
     def stage(self, step: int) -> tuple[int, int, float]:
         """Of the stage that a step is in: its first step, the first after it, its learning rate."""
-        if step < self.transfer_steps:
-            return 0, self.transfer_steps, self.tail_lr
         if step < self.short_steps:
-            return self.transfer_steps, self.short_steps, self.lr
+            return 0, self.short_steps, self.lr
         return self.short_steps, self.steps, self.tail_lr
 
     def validates(self, step: int) -> bool:
-        """Before the run and at its end; from four validations on between the stages, too, and
+        """Before the run and at its end; from three validations on between the stages, too, and
         evenly in between."""
-        spans = self.validations - 3
+        spans = self.validations - 2
         if spans < 1:
             return step in (0, self.steps)
         return step % math.ceil(self.steps / spans) == 0 or step in self.stage_ends
@@ -115,17 +108,17 @@ class Healing:
 
             rate_t = peak * min(1, t / warm_up, sqrt(STEADY / t))
 
-        In stage 2 nothing depends on the stage's length, so that a longer run begins as a shorter
-        one does. Stages 1 and 3 warm up for a twentieth of their steps.
+        In stage 1 nothing depends on the stage's length, so that a longer run begins as a shorter
+        one does. Stage 2 warms up for a twentieth of its steps.
         """
         first, last, peak = self.stage(step)
         t = step - first + 1
-        warm_up = self.warm_up if first == self.transfer_steps else (last - first) // 20
+        warm_up = (last - first) // 20 if first else self.warm_up
         return peak * min(1.0, t / max(1, warm_up), (STEADY / t) ** 0.5)
 
     def read(self, step: int, train: Tensor) -> Tensor:
         """The sequences of a step, [batch, tokens], from train [N, context]: pass after pass over
-        all of it, each in an order of its own. Stage 3 reads the same text in longer sequences."""
+        all of it, each in an order of its own. Stage 2 reads the same text in longer sequences."""
         long = step >= self.short_steps
         first = self.short_steps if long else 0
         tokens = self.long_context if long else self.context
@@ -153,14 +146,14 @@ def heal(
     identity: dict,
 ) -> dict:
     """Heals `student` in place and merges its adapters. Returns the curve: under `train` the loss
-    of every step (in stage 1 the transfer error), under `valid` pairs of tokens seen and KL, under
-    `sequences` how many that KL is on.
+    of every step, under `valid` pairs of tokens seen and KL, under `sequences` how many that KL is
+    on.
 
     teacher: the original; student: `convert(teacher, plan)`; train, valid: ids [N, context].
     The run is saved to `checkpoint` every CHECKPOINT_SECONDS, at Ctrl-C (then KeyboardInterrupt is
     raised) and at its end, and goes on from there; `identity` says what else must be the same for
     that: the model, the plan, the data. Beside it are kept the checkpoint before it, used where it
-    is damaged, and the end of stage 2, for a run of more tokens. Raises Diverged when the loss is
+    is damaged, and the end of stage 1, for a run of more tokens. Raises Diverged when the loss is
     not finite, InputError when the checkpoint was made with other settings or is past `tokens`.
     """
     run = Run(teacher, student, valid, settings, checkpoint, identity)
@@ -281,18 +274,14 @@ class Run:
         """One step on its sequences of train [N, context]. Returns the loss."""
         settings = self.settings
         trained = self.optimizer.trained
-        transfer = self.step < settings.transfer_steps
-        tails_alone = transfer or self.step >= settings.short_steps
+        tails_alone = self.step >= settings.short_steps
         for name, parameter in trained.items():
             parameter.requires_grad_(not tails_alone or name in self.tails)
 
         rank, world = rank_and_world()
         ids = settings.read(self.step, train)[rank::world].to(self.teacher.device)
         share = len(ids) / settings.batch
-        if transfer:
-            total = attention_transfer(self.teacher, self.student, ids, share)
-        else:
-            total = distillation(self.teacher, self.student, ids, share, settings.compile)
+        total = distillation(self.teacher, self.student, ids, share, settings.compile)
 
         gradients = [x.grad for x in trained.values() if x.grad is not None]
         sum_over_processes([total, *gradients])
@@ -339,7 +328,7 @@ class Run:
 
 
 def checkpoint_files(path: Path) -> tuple[Path, Path, Path]:
-    """The checkpoint of a run, the one before it, and that of the end of stage 2."""
+    """The checkpoint of a run, the one before it, and that of the end of stage 1."""
     before, distilled = (f"{path.stem}-{name}.safetensors" for name in ("before", "distilled"))
     return path, path.with_name(before), path.with_name(distilled)
 
@@ -357,7 +346,7 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
 
 def find_checkpoint(checkpoint: Path, settings: Healing, identity: dict) -> tuple:
     """The first of a run's files that it can go on from, with what it holds: one made with the same
-    budget, or one that is not past stage 2 of either budget. One that is damaged, or was made where
+    budget, or one that is not past stage 1 of either budget. One that is damaged, or was made where
     something other than the budget differs, is named and passed over. (None, {}, {}) where there is
     no file; InputError where there are files and none will do."""
     done, wrong = 0, []
@@ -421,31 +410,8 @@ def healing_bytes(model: Model, settings: Healing) -> tuple[int, int]:
 # --- losses ------------------------------------------------------------------------------------
 
 
-def attention_transfer(teacher: Model, student: Model, ids: Tensor, weight=1.0) -> Tensor:
-    """Stage 1 on ids [B, T]. Adds the gradients of the error, averaged over the layers with tails
-    and the sequences, and returns it; both times `weight`. The layers are independent, so the
-    gradient of each is taken at once and no activations are kept."""
-    total = torch.zeros((), device=ids.device)
-    rotary = teacher.rotary(ids.shape[1])
-    x = teacher.embed_tokens(ids)  # (B, T, d)
-    with_tails = {int(name.split(".")[1]) for name in tail_names(student)}
-    for i, (ours, theirs) in enumerate(zip(student.layers, teacher.layers, strict=True)):
-        if i in with_tails:
-            normed = theirs.input_layernorm(x)
-            with torch.no_grad():
-                target = theirs.self_attn(normed, rotary).float()
-            difference = ours.self_attn(normed, rotary).float() - target
-            error = difference.square().mean((1, 2)) / target.square().mean((1, 2))  # (B)
-            error = error.mean() * weight / len(with_tails)
-            error.backward()
-            total += error.detach()
-        with torch.no_grad():
-            x = teacher.run_layers(x, i, i + 1)
-    return total
-
-
 def distillation(teacher: Model, student: Model, ids: Tensor, weight=1.0, compiled=False) -> Tensor:
-    """Stages 2 and 3 on ids [B, T]. Adds the gradients of KL(teacher || student) per token and
+    """The loss on ids [B, T]. Adds the gradients of KL(teacher || student) per token and
     returns it; both times `weight`."""
     with torch.no_grad():
         target = teacher.hidden(ids).flatten(0, 1)  # (B T, d)

@@ -78,7 +78,7 @@ from terminal import (
 from text import C4, ENCODING, TEXT_KINDS, TEXT_TOKENS, fitting_text, read_text
 from tokenizer import Tokenizer, load_tokenizer
 
-SHORT_CONTEXT = 512  # tokens of a sequence in healing's first two stages, or more (`reach_beyond`)
+SHORT_CONTEXT = 512  # tokens of a sequence in healing's first stage, or more (`reach_beyond`)
 LONG_CONTEXT = 4096  # tokens a sequence in the last stage of healing, or all of its positions
 DAMAGE = 0.05  # that a plan may do where no budget is given: twice the speed for SmolLM2
 
@@ -142,7 +142,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     if args.context is None and "L" in plan:
         settings = reach_beyond(window, settings)
     if not tail_names(student):  # nothing to train alone
-        settings = replace(settings, transfer_steps=0, long_share=0.0)
+        settings = replace(settings, long_share=0.0)
     say(f"\nHeal: {describe_healing(settings)}")
     same = scan.identity_of(model, train, tiers) | {"plan": plan, "dtype": args.dtype}
     watched = valid[: budget.watched]
@@ -355,10 +355,10 @@ def make_plan(model: Model, layers: list[dict], tiers: dict, args) -> tuple[str,
 
 
 def describe_healing(settings: Healing) -> str:
-    transfer, short = settings.transfer_steps, settings.short_steps
+    short = settings.short_steps
     return (
-        f"{settings.trained_tokens:,} tokens, {transfer} steps of attention transfer, then "
-        f"{short - transfer} of KL distillation, {settings.steps - short} on long sequences."
+        f"{settings.trained_tokens:,} tokens, {short} steps of KL distillation, then "
+        f"{settings.steps - short} of the tails alone on long sequences."
     )
 
 

@@ -1,5 +1,5 @@
 """Does a tail that forgets, or fades, earn more? The linear tails of a healed model go on learning,
-as in stage 3, with one thing more:
+as in stage 2, with one thing more:
 
     python results/decay.py DIR ADAPTERS DATA VALID NAME... [--steps 24] [--sequences 4]
 
@@ -13,7 +13,7 @@ DIR is the original and ADAPTERS the adapter.safetensors of a run. NAME is one o
     gate        a gamma for each token, a learned function of the value that enters (in the spirit
                 of GLA, arXiv 2312.06635)
 
-Trains on --steps sequences of 4,096 tokens at stage 3's rate, tails and gates alone, averaged as
+Trains on --steps sequences of 4,096 tokens at stage 2's rate, tails and gates alone, averaged as
 the product does; then measures KL and agreement on sequences of 8,192 tokens, by position.
 """
 

@@ -186,7 +186,7 @@ def run_row(
     healing = Healing(tokens, context=context, validations=2)
     has_tail = "L" in plan and tiers.get("feature_map") != "none"
     if not has_tail:
-        healing = replace(healing, transfer_steps=0, long_share=0.0)
+        healing = replace(healing, long_share=0.0)
     identity = {"model": fingerprint(*base.parameters()), "plan": plan, "settings": settings}
     checkpoint = path.with_suffix(".safetensors")
     text = train.view(-1, context)

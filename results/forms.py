@@ -97,7 +97,7 @@ def main() -> None:
         if args.tokens:
             settings = Healing(args.tokens, validations=2)
             if not has_tail:
-                settings = replace(settings, transfer_steps=0, long_share=0.0)
+                settings = replace(settings, long_share=0.0)
             identity = {"model": fingerprint(*base.parameters()), "plan": args.plan, "form": form}
             checkpoint = args.out / f"{form}.safetensors"
             heal(base, student, train, valid[:1, :1024], settings, checkpoint, identity)

@@ -416,7 +416,7 @@ def check_healing() -> None:
     resumed = heal_tiny(folder / "resumed.safetensors", DEVICE)["train"]
     difference = max(abs(a - b) / max(b, 1e-9) for a, b in zip(resumed, losses))
     emit(
-        resume="after 20 steps of stage 2",
+        resume="after 20 steps of stage 1",
         was_stopped=stopped is None,
         largest_relative_difference=difference,
         bit_for_bit=resumed == losses,
@@ -432,9 +432,7 @@ def heal_tiny(checkpoint: Path, device: str, stop_at: int | None = None) -> dict
     documents = list(read_documents(str(ROOT / "tiny/train.jsonl.gz")))[:120]
     tokenizer = load_tokenizer(str(ROOT / "tiny"))
     data = pack_sequences(documents, tokenizer, model.config.eos_token_ids, 128, 60_000)
-    settings = distill.Healing(
-        50 * 128, context=128, long_context=512, transfer_steps=5, warm_up=10
-    )
+    settings = distill.Healing(50 * 128, context=128, long_context=512, warm_up=10)
 
     distillation = distill.distillation
     steps = 0

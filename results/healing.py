@@ -23,14 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill import (
-    Optimizer,
-    add_adapters,
-    attention_transfer,
-    distillation,
-    merge_adapters,
-    tail_names,
-)
+from distill import Optimizer, add_adapters, distillation, merge_adapters, tail_names
 from kernels import sliced_kl, swiglu
 from measure import compare_by_position, passkey_recall, quantile
 from model import Model, convert, load_model
@@ -131,6 +124,29 @@ def hidden_states(model: Model, ids: Tensor) -> list[Tensor]:
         x = model.run_layers(x, i, i + 1)
         states.append(x)
     return states
+
+
+def attention_transfer(teacher: Model, student: Model, ids: Tensor, weight=1.0) -> Tensor:
+    """Stage 1 on ids [B, T]. Adds the gradients of the error, averaged over the layers with tails
+    and the sequences, and returns it; both times `weight`. The layers are independent, so the
+    gradient of each is taken at once and no activations are kept."""
+    total = torch.zeros((), device=ids.device)
+    rotary = teacher.rotary(ids.shape[1])
+    x = teacher.embed_tokens(ids)  # (B, T, d)
+    with_tails = {int(name.split(".")[1]) for name in tail_names(student)}
+    for i, (ours, theirs) in enumerate(zip(student.layers, teacher.layers, strict=True)):
+        if i in with_tails:
+            normed = theirs.input_layernorm(x)
+            with torch.no_grad():
+                target = theirs.self_attn(normed, rotary).float()
+            difference = ours.self_attn(normed, rotary).float() - target
+            error = difference.square().mean((1, 2)) / target.square().mean((1, 2))  # (B)
+            error = error.mean() * weight / len(with_tails)
+            error.backward()
+            total += error.detach()
+        with torch.no_grad():
+            x = teacher.run_layers(x, i, i + 1)
+    return total
 
 
 def aligned_distillation(teacher: Model, student: Model, ids: Tensor, weight: float) -> Tensor:
