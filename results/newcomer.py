@@ -93,7 +93,7 @@ def main() -> int:
     do(f"{boost} --minutes {args.minutes} --out out/mine")
     do(f'{python} layerboost.py --model out/mine --prompt "The capital of France is"')
     do(f'{python} layerboost.py --model ../model --prompt "What is the capital of France?"')
-    do(f"{boost} --scan results/smollm2-maps/scan.json --tokens 8k --out out/scanned")
+    do(f"{boost} --scan results/smollm2-windows/scan.json --tokens 8k --out out/scanned")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     log.write(f"peak memory of the largest command: {peak:.1f} GiB\n")
     return 0
