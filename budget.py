@@ -162,7 +162,7 @@ def weighs_windows(args) -> bool:
 
 def recomputes(args, window: int, model: Model) -> bool:
     """Activation checkpointing, for windows beyond the default where it is not asked for or
-    forbidden: their scores take gigabytes."""
+    forbidden: what they keep for the backward pass takes gigabytes."""
     wide = window > default_window(model.config)
     return wide if args.activation_checkpointing is None else args.activation_checkpointing
 
@@ -287,8 +287,8 @@ def measure_rates(model: Model, settings: Healing, args) -> Rates:
     optimizer = Optimizer(prepare(student, settings))
     for parameter in optimizer.trained.values():
         parameter.requires_grad_(True)
-    length = max(settings.context, min(2 * window, tokens))
-    read = torch.zeros(settings.together, length, dtype=torch.int64, device=model.device)
+    shape = (settings.together, settings.context)
+    read = torch.zeros(shape, dtype=torch.int64, device=model.device)
 
     rounds: list[tuple[float, float]] = []  # seconds of a pass and of a step
     began = time.perf_counter()

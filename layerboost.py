@@ -75,7 +75,7 @@ from terminal import (
     token_count,
     utf8,
 )
-from text import C4, ENCODING, TEXT_KINDS, TEXT_TOKENS, fitting_text, read_text
+from text import C4, ENCODING, TEXT_KINDS, TEXT_TOKENS, fitting_text, read_documents, read_text
 from tokenizer import Tokenizer, load_tokenizer
 
 SHORT_CONTEXT = 512  # tokens of a sequence in healing's first stage, or more (`reach_beyond`)
@@ -220,6 +220,9 @@ def check_arguments(model: Model, source: Path, tiers: dict, args) -> None:
     )
     require(args.scan is None or Path(args.scan).is_file(), f"--scan {args.scan}: no such file")
     convert(model, args.plan or "L" * n, **tiers)  # raises InputError
+    for flag in ("data", "valid"):
+        if text := getattr(args, flag):
+            next(read_documents(text, f"--{flag}", args.encoding), None)  # raises InputError
 
 
 def healing_settings(model: Model, tokens: int, validations: int, args) -> Healing:

@@ -545,6 +545,18 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not list(tmp_path.glob("out/**/*")) and not list(tmp_path.glob("**/*.partial"))
 
 
+@pytest.mark.parametrize("flag", ["--data", "--valid"])
+def test_text_that_cannot_be_read_stops_a_run_before_any_work(
+    flag, llama, text, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(layerboost, "measure_rates", None)  # a call would be a traceback
+    (tmp_path / "latin.txt").write_bytes("Fa\u00e7ade.\n\n".encode("latin-1") * 9)
+    flags = short_run(llama, text, tmp_path / "out", flag, str(tmp_path / "latin.txt"))
+    assert layerboost.main(flags) == 2
+    assert "latin.txt: byte 2 (0xe7) is not utf-8" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 # --- fuzz ----------------------------------------------------------------------------------------
 
 ANY_JSON = st.recursive(

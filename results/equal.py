@@ -177,7 +177,7 @@ def run_row(
     plan, context = settings["plan"], settings["context"]
     tiers = {key: x for key, x in settings.items() if key not in ("plan", "context")}
     student = convert(base, plan, **tiers)
-    student.recompute = context > 512  # wide windows keep 15 GB on 4,096 tokens
+    student.recompute = context > 512  # wide windows keep 9 GB on 4,096 tokens
     if tiers.get("removed") == "linear":
         fit_maps(base, student, train.view(-1, 512)[-FITTED // 512 :])
         tokens -= FITTED
