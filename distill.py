@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from adapter import add_adapters, merge_adapters, save_adapter
+from divergence import sliced_kl
 from hub import InputError, content_hash, open_safetensors, require, save_safetensors
-from kernels import sliced_kl
 from machine import Diverged, gather, rank_and_world, sum_over_processes
 from measure import hidden_states, kl_by_position
 from model import Model
@@ -207,7 +207,8 @@ class Run:
         self.curve = {"train": [], "valid": [], "sequences": len(valid)}
 
         self.checkpoint, self.before, self.distilled = checkpoint_files(checkpoint)
-        everything = identity | asdict(settings) | {"average": AVERAGE, "steady": STEADY}
+        fixed = {"average": AVERAGE, "steady": STEADY, "stages": len(settings.stage_ends)}
+        everything = identity | asdict(settings) | fixed
         self.identity = json.loads(json.dumps(everything))  # as a checkpoint gives it back
         path, state, tensors = find_checkpoint(checkpoint, settings, self.identity)
         if path:

@@ -40,8 +40,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from attention import linear
+from divergence import logit_kl, slice_rows
 from hub import require
-from kernels import logit_kl, slice_rows
 from model import Model
 from terminal import progress, say
 from tokenizer import Tokenizer

@@ -192,13 +192,13 @@ def chart(layers: list[dict], measures: list[str], plan: str, window: int | None
     three decades, with standard errors."""
     low = 1e-3
     costs = costs_of(layers, measures, window)
+    damages = damages_of(layers, window)
     high = max(max(cost["X"], cost["L"]) for cost in costs) + 2 * low
-    noise = recall_noise(layers)
 
     def bar(i: int, tier: str) -> str:
         cost, columns = costs[i][tier], layers[i][tier]
         length = 15 * math.log(max(cost, low) / low) / math.log(high / low)
-        heard = "recall" in measures and columns["recall"] > noise[tier]
+        heard = "recall" in measures and damages[i][tier]["recall"] > 0
         error = damage_error(columns, heard, window)
         shown = f"±{error:.4f}" if error else ""
         return f"{'█' * int(length):15} {cost:8.4f}{shown:8}"
@@ -214,7 +214,8 @@ def chart(layers: list[dict], measures: list[str], plan: str, window: int | None
     if "kl" in measures and rounding > low / 10:
         lines.append(f"KL counts beyond what rounding does, {rounding:.4f} nats a layer")
     if "recall" in measures:
-        beyond = " and ".join(f"{nats:.3f} ({tier})" for tier, nats in noise.items())
+        noise = recall_noise(layers).items()
+        beyond = " and ".join(f"{nats:.3f} ({tier})" for tier, nats in noise)
         lines.append(f"recall counts beyond its noise, {beyond} nats")
     return "\n".join(lines)
 

@@ -302,7 +302,7 @@ def read_scan(path: Path) -> dict:
         return bool(items) and all(is_column(*item) for item in items)
 
     def is_row(row) -> bool:
-        return isinstance(row, dict) and "X" in row and not set(row) - {"X", "L"}
+        return isinstance(row, dict) and TRIALS[0] in row and not set(row) - set(TRIALS)
 
     made = read_json(path)
     layers, identity = made.get("layers"), made.get("identity")
@@ -314,7 +314,7 @@ def read_scan(path: Path) -> dict:
         and damages
         and all(map(is_damage, damages))
         and all(row[tier].keys() == rows[0][tier].keys() for row in rows for tier in row)
-        and all(len(row) == 2 for row in rows[:-1]),
+        and all(len(row) == len(TRIALS) for row in rows[:-1]),
         f"{path}: is no scan file, or damaged; delete it and scan again",
     )
     return made

@@ -43,6 +43,7 @@ import bench
 import chat
 import cpu
 import distill
+import divergence
 import engine as engine_module
 import gpu
 import kernels
@@ -1763,16 +1764,16 @@ def test_minutes_become_tokens_once(llama, text, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sliced_kl_equals_the_formula_and_its_gradients(compiled, monkeypatch):
     """Of 50 positions in three whole slices and a part of one."""
-    monkeypatch.setattr(kernels, "slice_rows", lambda device: 16)
+    monkeypatch.setattr(divergence, "slice_rows", lambda device: 16)
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 50, 16)
     head, other = torch.randn(2, 90, 16)
 
     def naive(student, teacher, head, other, compiled):
-        return kernels.logit_kl(student @ head.T, teacher @ other.T).mean()
+        return divergence.logit_kl(student @ head.T, teacher @ other.T).mean()
 
     results = []
-    for form in (kernels.sliced_kl, naive):
+    for form in (divergence.sliced_kl, naive):
         leaf = student.clone().requires_grad_(True)
         loss = form(leaf, teacher, head, other, compiled)
         results.append([loss.detach(), *torch.autograd.grad(loss, leaf)])
@@ -2097,7 +2098,7 @@ def test_activation_checkpointing_gives_the_same_gradients_from_less(llama):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             hidden = student.hidden(ids).flatten(0, 1)
             target = base.hidden(ids).flatten(0, 1)
-            loss = kernels.sliced_kl(hidden, target, student.head, base.head)
+            loss = divergence.sliced_kl(hidden, target, student.head, base.head)
         loss.backward()
         kept.append(sum(sizes))
         adapters = [m for m in student.modules() if isinstance(m, LoRALinear)]

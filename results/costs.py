@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import distill
-import kernels
+import divergence
 import scan
 from attention import WindowLinearAttention
 from engine import Engine, Request, prefill
@@ -176,7 +176,7 @@ def healing_arithmetic(shape: str, dtype: str) -> dict[str, int]:
         "weights": size * (matrices + embeddings),
         "adapters": 5 * 4 * layers * sum(16 * (a + b) for a, b in linears),
         "block_inputs": size * 1024 * hidden * layers,
-        "logits": kernels.slice_rows(CPU) * vocabulary * (2 * size + 8),
+        "logits": divergence.slice_rows(CPU) * vocabulary * (2 * size + 8),
     }
 
 

@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench
 import cpu
 import distill
+import divergence
 import gpu
 import kernels
 import roofline
@@ -150,7 +151,7 @@ def relative_difference(got: Tensor, expected: Tensor) -> float:
 
 def mean_kl(got: Tensor, expected: Tensor) -> float:
     """Of logits [B, T, V]."""
-    return float(kernels.logit_kl(got.flatten(0, 1), expected.flatten(0, 1)).mean())
+    return float(divergence.logit_kl(got.flatten(0, 1), expected.flatten(0, 1)).mean())
 
 
 # --- time --------------------------------------------------------------------------------------

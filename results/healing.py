@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distill import Optimizer, add_adapters, distillation, merge_adapters, tail_names
-from kernels import sliced_kl, swiglu
+from divergence import sliced_kl
+from kernels import swiglu
 from measure import compare_by_position, passkey_recall, quantile
 from model import Model, convert, load_model
 from terminal import token_count
