@@ -2563,7 +2563,7 @@ def test_a_tier_of_somebody_elses_goes_through_the_whole_story(llama, text, tmp_
         )
         == 0
     )
-    scanned = json.loads((tmp_path / "scan.json").read_text())["layers"]
+    scanned = scan_module.read_scan(tmp_path / "scan.json")["layers"]
     assert len(scanned) == 3 and all(row["M"]["kl"] > 0 for row in scanned)
 
     model = load_model(str(tmp_path))
