@@ -190,7 +190,7 @@ def run_row(
     identity = {"model": fingerprint(*base.parameters()), "plan": plan, "settings": settings}
     checkpoint = path.with_suffix(".safetensors")
     text = train.view(-1, context)
-    heal(base, student, text, judge.valid[:2, :1024], healing, checkpoint, identity)
+    heal(base, student, text, judge.valid[:2, :2048], healing, checkpoint, identity)
     result["healed"] = judge.on_text(student) | judge.on_prompts(student)
     result["healed_tokens"] = healing.trained_tokens
     result["seconds"] = time.monotonic() - start
