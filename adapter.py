@@ -1,6 +1,6 @@
-"""What healing learns, small enough to send: low-rank adapters on every linear layer (LoRA, arXiv
-2106.09685), the tails of the L layers, and the linear maps of X layers. SmolLM2's take 12 MB, its
-weights 270. Whoever has the original gets the healed model from them in seconds.
+"""What healing learns, in a small file: low-rank adapters on every linear layer (LoRA, arXiv
+2106.09685), the tails of the L layers, and the linear maps of the X layers. SmolLM2's take 12 MB,
+its weights 270. With the original, they give the healed model in seconds.
 """
 
 import json
@@ -17,8 +17,8 @@ ADAPTER_SETTINGS = ("plan", "window", "sinks", "feature_map", "removed", "healed
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and a trained low-rank one beside it, W x + 2 B A x, with A [rank,
-    inputs] and B [outputs, rank]. B starts at zero, so at first nothing changes."""
+    """A frozen linear layer plus a trained low-rank one, W x + 2 B A x, with A [rank, inputs] and
+    B [outputs, rank]. B starts at zero, so at first nothing changes."""
 
     def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
         super().__init__()
@@ -32,8 +32,8 @@ class LoRALinear(nn.Module):
         return self.linear(x) + (x @ self.A.to(x.dtype).T) @ (2 * self.B).to(x.dtype).T
 
     def merged(self) -> nn.Linear:
-        """The layer with W + 2 B A in the place of W, a tensor that the teacher goes on using. A
-        and B are those of `forward`, in the layer's dtype; the sum is rounded once."""
+        """The layer with a new tensor W + 2 B A; the teacher keeps using W. A and B are rounded to
+        the layer's dtype, as in `forward`; the sum is rounded once."""
         weight = self.linear.weight
         A, B = (x.to(weight.dtype).float() for x in (self.A, self.B))
         weight = (weight.float() + 2 * B @ A).to(weight.dtype)
@@ -52,7 +52,7 @@ def merge_adapters(model: Model) -> None:
 
 
 def replace_linears(model: Model, kind: type, make) -> None:
-    """Puts make(module) in the place of every module of this kind inside the blocks."""
+    """Replaces every module of this kind inside the blocks by make(module)."""
     for parent in [m for m in model.layers.modules() if not isinstance(m, LoRALinear)]:
         for name, child in list(parent.named_children()):
             if isinstance(child, kind):
@@ -63,7 +63,7 @@ def replace_linears(model: Model, kind: type, make) -> None:
 
 
 def learned(original: Model, healed: Model) -> dict[str, Tensor]:
-    """What a model with adapters has and its original lacks, by name: A, B, tails, maps."""
+    """The parameters of a model with adapters that its original lacks: A, B, tails, maps."""
     known = {name for name, _ in original.named_parameters()}
     return {
         name: x.detach()
@@ -73,8 +73,8 @@ def learned(original: Model, healed: Model) -> dict[str, Tensor]:
 
 
 def save_adapter(original: Model, healed: Model, rank: int, path: Path) -> None:
-    """Writes what is `learned`, A and B in the model's dtype, and as metadata what `load_adapter`
-    needs to know."""
+    """Writes what is `learned`, A and B in the model's dtype, with the metadata that `load_adapter`
+    needs."""
     dtype = healed.norm.weight.dtype
     tensors = {
         name: x.to(dtype) if name.endswith((".A", ".B")) else x

@@ -1,8 +1,8 @@
 """The tiers of a plan as modules with one interface.
 
 S is `SoftmaxAttention`, the attention that a pretrained model comes with. L is
-`WindowLinearAttention`: the same projections, and a feature map and one logit per head more. X is
-`LinearMap`, what stands where attention was removed, or nothing: then the block skips it.
+`WindowLinearAttention`: the same projections, plus a feature map and one logit per head. X is
+`LinearMap`, which replaces attention that was removed, or None: then the block skips attention.
 
     y = attention(x, rotary)                     a whole sequence, for training and evaluation
     y = attention(x, rotary, cache, positions)   the next T tokens of every sequence: a prefill in
@@ -10,9 +10,9 @@ S is `SoftmaxAttention`, the attention that a pretrained model comes with. L is
 
 x and y are [B, T, hidden_size]; rotary is the pair (cos, sin) of `apply_rotary` for these
 positions. A cache belongs to one layer, has tensors [B, G, ...] and is filled in place; positions
-[B] counts the tokens that each sequence has in it. In a prefill of prompts of several lengths,
-`new` [B] counts the tokens of each; those after them are padding. The formulas are in kernels.py;
-cpu.py and gpu.py have faster twins of some.
+[B] counts the tokens that each sequence has in it. When prompts of different lengths are prefilled
+together, `new` [B] is the length of each, and the rest of its row is padding. The formulas are in
+kernels.py; cpu.py and gpu.py have faster twins of some.
 """
 
 import torch
@@ -26,7 +26,7 @@ from kernels import Past, apply_rotary, favor_projection, feature_map, feature_s
 
 
 def twin(name: str, x: Tensor):
-    """A function of kernels.py, or the faster one of its name that takes x."""
+    """A function of kernels.py, or its faster namesake in cpu.py or gpu.py if that accepts x."""
     for module in (cpu, gpu):
         if hasattr(module, name) and module.runs(x):
             return getattr(module, name)
@@ -34,7 +34,7 @@ def twin(name: str, x: Tensor):
 
 
 def compiles(device: torch.device) -> bool:
-    """Whether torch.compile works on a device; where it does not, one line has said why."""
+    """Whether torch.compile works on a device; if not, a warning has been printed."""
     return gpu.compiler_works(device) if device.type == "cuda" else cpu.compiler_works()
 
 
@@ -73,7 +73,7 @@ class SoftmaxCache:
         self.value = torch.zeros(shape, dtype=dtype, device=device)
 
     def resize(self, max_tokens: int) -> None:
-        """Room for this many tokens and no more, contiguous."""
+        """Makes room for exactly this many tokens, contiguous."""
         more = max_tokens - self.key.shape[2]
         if more:
             self.key = F.pad(self.key, (0, 0, 0, more)).contiguous()
@@ -149,29 +149,29 @@ class SoftmaxAttention(nn.Module):
         return attend(query, cache.key, cache.value, positions, self.sliding_window)
 
     def initial_parameters(self) -> dict[str, Tensor]:
-        """Those that a pretrained model does not have, as they are before any training."""
+        """Initial values of the parameters that a pretrained checkpoint lacks."""
         return {}
 
     def tail_parameters(self) -> list[str]:
-        """Of those, the names of what can learn."""
+        """Names of the trainable ones among them."""
         return []
 
     def new_cache(self, batch: int, max_tokens: int, dtype: torch.dtype, device) -> SoftmaxCache:
         return SoftmaxCache(self.config, batch, max_tokens, dtype, device)
 
 
-FAINT = -8.0  # b, before it is trained
-
 # --- tier L ------------------------------------------------------------------------------------
+
+FAINT = -8.0  # initial b: an untrained tail is all but silent
 
 
 class WindowLinearCache:
-    """`sinks + window` keys and values, and the sums S and z over all other tokens: one size for
-    any length.
+    """`sinks + window` keys and values, and the sums S and z over all other tokens: the same size
+    at any length.
 
-    A sink lies in the slot of its position; other tokens go round in the slots after those (one
-    that is never read where there is no window). S and z are float32: they are summed over
-    thousands of tokens, each small against the sum."""
+    A sink sits in the slot of its position; the other tokens share a ring of slots after those (of
+    one slot, never read, if there is no window). S and z are float32: they add up thousands of
+    tokens, each small against the sum."""
 
     def __init__(self, config, batch: int, dtype: torch.dtype, device):
         G, D = config.num_key_value_heads, config.head_dim
@@ -186,7 +186,7 @@ class WindowLinearCache:
         self.norm = torch.zeros(batch, G, features, device=device)
 
     def slot(self, position: Tensor) -> Tensor:
-        """Where the token at a position lies."""
+        """The slot that holds the token at `position`."""
         is_sink = (position >= 0) & (position < self.sinks)
         ring = self.sinks + (position - self.sinks) % max(self.window, 1)
         return torch.where(is_sink, position, ring)
@@ -205,10 +205,9 @@ class WindowLinearAttention(SoftmaxAttention):
         return self.config.feature_map != "none"
 
     def initial_parameters(self) -> dict[str, Tensor]:
-        """The tail's parameters before any training: W the identity (for half as many features,
-        the sums of the pairs that rotary embedding turns), and b so low that a tail which has
-        learned nothing does no harm. Its gradient is small, but Adam's steps do not hang on that.
-        """
+        """W is the identity (for half as many features, the sums of the pairs that rotary embedding
+        turns), and b so low that an untrained tail does no harm. Its gradient is small, but the
+        size of Adam's steps does not depend on that of the gradient."""
         c = self.config
         H, G, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         if not self.has_tail:
@@ -224,8 +223,7 @@ class WindowLinearAttention(SoftmaxAttention):
         return {"query_map": maps[0], "key_map": maps[1], "tail_logit": torch.full((H,), FAINT)}
 
     def tail_parameters(self) -> list[str]:
-        """What can learn: W where it is learned (Performer's is fixed), and b,
-        which cancels out where nothing is local."""
+        """W unless it is fixed, as Performer's is, and b, unless it cancels: with no local term."""
         c = self.config
         names = []
         if c.feature_map not in ("none", "favor"):
@@ -237,8 +235,8 @@ class WindowLinearAttention(SoftmaxAttention):
     def query_features(self, query: Tensor, position: Tensor) -> Tensor:
         """phi(q_t) [B, H, T, F] for position t [B or 1, T].
 
-        Beyond the n tokens that the tails were healed on, times (n / (t + 1))^2: S and z go on
-        growing there, and nothing taught the tail what they should weigh (results/healing.md)."""
+        Past the n tokens seen in healing, scaled by (n / (t + 1))^2: S and z keep growing, and the
+        tail was never trained to weigh sums that large (results/healing.md)."""
         phi_query = feature_map(query, self.config.feature_map, self.query_map)
         n = self.config.healed_context
         if n is None:
@@ -266,8 +264,8 @@ class WindowLinearAttention(SoftmaxAttention):
         self, past: Past, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Attention over `past`, the window before the first query and the queries' own tokens
-        (key, value [B, G, window + T, D]). Returns it [B, H, T, D], and phi [B, G, T, F] of the
-        token that leaves the window as each query arrives."""
+        (key, value [B, G, window + T, D]). Returns its output [B, H, T, D], and phi [B, G, T, F] of
+        the token that leaves the window as each query arrives."""
         tokens = query.shape[2]
         window = key.shape[2] - tokens
         run = twin("window_linear_attention", key)
@@ -289,7 +287,8 @@ class WindowLinearAttention(SoftmaxAttention):
         if not self.has_tail:
             return twin("softmax_step", key)(*local, end)
 
-        # The token that leaves the window lies where the new one goes; without a window it is that.
+        # The token that leaves the window is in the slot that the new one takes; without a window
+        # it is the new token itself.
         left_key = key[:, :, 0]
         left_value = value[:, :, 0]
         if cache.window:
@@ -305,8 +304,8 @@ class WindowLinearAttention(SoftmaxAttention):
         return twin("window_linear_step", key)(*local, end, *tail)
 
     def prefill(self, query, key, value, cache: WindowLinearCache, positions, new) -> Tensor:
-        """The parallel form from the cache's state on, then the cache as it is after the last
-        token that is no padding."""
+        """Runs the parallel form from the cache's state, then updates the cache to the last real
+        token."""
         window, sinks, tokens = cache.window, cache.sinks, query.shape[2]
         ring = torch.arange(window, device=key.device)
 
@@ -346,7 +345,7 @@ class WindowLinearAttention(SoftmaxAttention):
 
 
 def across_heads(index: Tensor, x: Tensor) -> Tensor:
-    """index [B, n] of tokens -> [B, G, n, D], as gather and scatter on x [B, G, T, D] want it."""
+    """index [B, n] of tokens -> [B, G, n, D], for gather and scatter on x [B, G, T, D]."""
     return index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
 
 
@@ -354,7 +353,7 @@ def across_heads(index: Tensor, x: Tensor) -> Tensor:
 
 
 class LinearMap(nn.Module):
-    """Tier X: attention removed, and W x + c in its place, of one token alone. fit.py finds W and c
+    """Tier X: attention is removed, and W x + c of each token takes its place. fit.py finds W and c
     (Neural Block Linearization, arXiv 2505.21077)."""
 
     def __init__(self, config, layer: int):
@@ -368,7 +367,7 @@ class LinearMap(nn.Module):
         return []
 
     def initial_parameters(self) -> dict[str, Tensor]:
-        """Zero, which is nothing, before it is fitted."""
+        """Zero, so no contribution, until it is fitted."""
         size = self.map.in_features
         return {"map.weight": torch.zeros(size, size), "map.bias": torch.zeros(size)}
 
@@ -380,6 +379,6 @@ TIERS = {"S": SoftmaxAttention, "L": WindowLinearAttention, "X": LinearMap}
 
 
 def tier_of(config, layer: int) -> type[nn.Module] | None:
-    """The module of a layer; None where nothing stands for its attention."""
+    """The module of a layer; None if attention is removed without a replacement."""
     letter = config.plan[layer]
     return None if letter == "X" and config.removed == "nothing" else TIERS[letter]

@@ -3,9 +3,9 @@
     python bench.py decode --model DIR --plan PLAN --batch 16 --lengths 256,1024,4096,8192
     python bench.py serve  --model DIR --plan PLAN --concurrency 50,100,200
 
-Dense and converted run in turn, through the same engine and the same compilation, and each figure
-stands beside the floor that roofline.py counts. The last line that a command prints is one JSON
-document. What hardware that is not here could gain is predicted by results/predict.py.
+Dense and converted alternate, through the same engine and the same compilation, and each figure
+comes with the floor that roofline.py counts. The last line that a command prints is one JSON
+document. results/predict.py predicts the gain on other hardware.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from roofline import (
     serving_floor,
     step_costs,
 )
-from terminal import MACHINE_FLAGS, Parser, add_flags, at_least, progress, run_program
+from terminal import MACHINE_FLAGS, Parser, add_flags, at_least, format_table, progress, run_program
 
 SPREAD = 0.25  # how far the lengths of requests vary around their mean, as a share
 
@@ -45,7 +45,7 @@ SPREAD = 0.25  # how far the lengths of requests vary around their mean, as a sh
 @torch.inference_mode()
 def decode_times(engines: dict[str, Engine], context: int, steps: int = 20) -> dict:
     """{name: seconds of each step, sorted}, all slots live and holding about `context` tokens. The
-    engines take turns, so that all meet the same machine. What the caches hold does not change the
+    engines take turns, so that all see the same machine. What the caches hold does not change the
     cost: zeros here. Raises InputError for a context shorter than the steps."""
     warm_up = 2
     least = steps + warm_up + 1
@@ -113,7 +113,7 @@ def make_requests(count: int, prompt: int, output: int, model: Model) -> list[Re
 
 
 def serve_requests(engine: Engine, clients: int, requests: list[Request]) -> dict:
-    """A closed loop: each client sends its next request when its last one is answered. Output
+    """A closed loop: each client sends a new request once its previous one is answered. Output
     tokens/s, and p50 and p95 of the time from a request to its first token and between tokens."""
     waiting = deque(requests[:clients])
     later = deque(requests[clients:])
@@ -285,17 +285,6 @@ def format_figure(value) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 100 else f"{value:.3f}"
     return str(value)
-
-
-def format_table(rows: list[list[str]]) -> str:
-    """Aligned for a terminal, and Markdown at the same time. The first row is the head."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = []
-    for first, *rest in [rows[0], rule, *rows[1:]]:
-        cells = [text.rjust(width) for text, width in zip(rest, widths[1:], strict=True)]
-        lines.append("| " + " | ".join([first.ljust(widths[0]), *cells]) + " |")
-    return "\n".join(lines)
 
 
 def peak_memory() -> str:

@@ -1,21 +1,21 @@
-"""What a run may cost. --tokens says how much the model is healed on, and so how much the scan, the
-validation and the evaluation may take:
+"""What a run may cost. --tokens sets how much text the model is healed on, and thereby how much
+work the scan, the validation and the evaluation may take:
 
     scan          at most a half of healing's work
     validation    at most a tenth
     evaluation    at most a quarter
 
-or their smallest useful forms. Each has a ladder of sizes, takes the last rung that its share
-allows, and the first in any case. Linear maps (fit.py) take a fixed amount, since on less text they
-do harm. --minutes finds the tokens with which all of that takes so long.
+or their smallest useful forms. Each has a ladder of sizes and takes the last rung that its share
+allows, at least the first. Linear maps (fit.py) take a fixed amount, since on less text they do
+harm. --minutes finds the number of tokens for which the whole run takes that long.
 
-Work is counted, so that a run repeats on any machine: a token through all layers is 1. A token that
-is healed on is 6 (the teacher; the student, forward and back). A trial of the scan runs the layers
-from its own on, (n - i) / n. Where text is judged, the output head of both models comes on top, by
-its size.
+Work is counted, not timed, so that a run repeats on any machine. One token through all layers is 1;
+one token of healing is 6 (the teacher; the student, forward and back). A trial of the scan runs the
+layers from its own on, (n - i) / n. Where text is judged, the output head of both models is added,
+by its size.
 
-Seconds are told by two rates of this machine, of a forward pass and of a step of healing: where one
-is fast (bf16 products in AMX, say) the other need not be.
+Seconds follow from two rates of this machine, of a forward pass and of a step of healing: one can
+be fast (bf16 products in AMX, say) where the other is not.
 """
 
 import bisect
@@ -38,9 +38,9 @@ from terminal import clock, progress, say
 from text import CONTEXT
 
 HEALING = 6  # the work of a token that is healed on
-DECODING = 7_000  # the work of timing three models as they decode; it grows with nothing
-WRITING = 40_000  # the same of writing with three models, where enough text is judged for it
-LEAST_STEPS = 8  # of healing, that --minutes has room for
+DECODING = 7_000  # the work of timing three models as they decode; a constant
+WRITING = 40_000  # that of writing with three models, if enough text is judged for it
+LEAST_STEPS = 8  # of healing, for which --minutes must have room
 MEASURING = 2.0  # seconds in which the speed of this machine is measured
 
 # Sequences, the tokens of each, prompts of the recall measure.
@@ -53,14 +53,14 @@ SCANS = (
     (4, 2048, {512: 4, 1024: 4, 2048: 4, 4096: 4}),
 )
 
-SCAN_TOKENS = SCANS[-1][0] * SCANS[-1][1]  # that a scan judges at most
+SCAN_TOKENS = SCANS[-1][0] * SCANS[-1][1]  # at most, in a scan
 
-SERVED = 8192  # tokens at most, of the text that windows are weighed on
-WEIGHING = 2.5  # the work of a token of it
+SERVED = 8192  # tokens at most of the text on which windows are weighed
+WEIGHING = 2.5  # the work per token of it
 
-FITTED = 28  # tokens that linear maps are fitted on, for each of their inputs
+FITTED = 28  # tokens per input that a linear map is fitted on
 
-# How many, on how many sequences.
+# Validations, and the sequences of each.
 VALIDATIONS = (2, 1), (4, 1), (6, 1), (8, 2), (8, 3), (8, 4)
 
 # Sequences, passkeys at each length, the greatest length.
@@ -70,7 +70,7 @@ EVALUATIONS = (2, 5, 512), (2, 5, 1024), (2, 5, 2048), (4, 5, 2048), (8, 10, 204
 @dataclass
 class Budget:
     """The sizes of a run that heals on `tokens` tokens, and the work of its parts: scan, healing,
-    validation, evaluation. `sequences` and `passkeys` that are given stay as they are."""
+    validation, evaluation. `sequences` and `passkeys` are kept if they are given."""
 
     tokens: int
     n_layers: int
@@ -156,25 +156,25 @@ def fits_maps(args) -> bool:
 
 
 def weighs_windows(args) -> bool:
-    """Whether the plan's budget chooses the window, too."""
+    """Whether the plan's budget also chooses the window."""
     return args.window is None and args.plan is None and "keep" not in args.limits
 
 
 def recomputes(args, window: int, model: Model) -> bool:
-    """Activation checkpointing, for windows beyond the default where it is not asked for or
-    forbidden: what they keep for the backward pass takes gigabytes."""
+    """Whether to use activation checkpointing: as asked, else for windows beyond the default, whose
+    activations take gigabytes."""
     wide = window > default_window(model.config)
     return wide if args.activation_checkpointing is None else args.activation_checkpointing
 
 
 def climb(rungs, work, limit: float):
-    """The last rung whose work is within the limit; the first in any case."""
+    """The last rung whose work is within the limit, at least the first."""
     fitting = [rung for rung in rungs if work(*rung) <= limit]
     return fitting[-1] if fitting else rungs[0]
 
 
 class Rates(NamedTuple):
-    """What all processes do in a second."""
+    """What all processes together do in a second."""
 
     work: float
     healing: float  # tokens that are healed on
@@ -219,7 +219,7 @@ def make_budget(model: Model, args, step: int, rates: Rates) -> Budget:
 
 
 def tokens_in(minutes: float, rates: Rates, step: int, shape: dict) -> int:
-    """To heal on in whole steps, so that the run of this shape takes at most so many minutes."""
+    """The tokens, in whole steps, for which a run of this shape takes at most so many minutes."""
 
     def needed(tokens: int) -> float:
         return rates.of(Budget(tokens, **shape)) / 60
@@ -238,8 +238,8 @@ def tokens_in(minutes: float, rates: Rates, step: int, shape: dict) -> int:
 
 
 def announce(model: Model, budget: Budget, rates: Rates, scanned: int, tokens: int, args) -> None:
-    """Says what is going to happen, and about how long it takes here. scanned: layers that an
-    earlier run has measured; tokens: that are healed on."""
+    """Says what is going to happen and about how long it will take. scanned: layers that an earlier
+    run has measured; tokens: of healing."""
     n = len(model.layers)
     ((name, limit),) = args.limits.items()
     kept = f"that keeps {args.keep} layers, drops {args.drop}"
@@ -272,9 +272,9 @@ def announce(model: Model, budget: Budget, rates: Rates, scanned: int, tokens: i
 
 
 def measure_rates(model: Model, settings: Healing, args) -> Rates:
-    """The medians of forward passes and of steps of healing. The first of each is slower, and left
-    out unless it takes so long that it must do. Most layers of the student are linear, with a
-    window as a plan may have it, since that is what a step depends on."""
+    """The median rates of forward passes and of steps of healing. The first of each is slower, and
+    left out unless it takes so long that there is no second. Most layers of the student are
+    linear, with a window such as a plan has, since the time of a step depends on that."""
     tokens = min(1024, model.config.max_position_embeddings)
     text = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
 

@@ -1,14 +1,14 @@
-"""A model at the terminal: `--prompt` goes on with a text, `--chat` answers.
+"""A model at the terminal: `--prompt` continues a text, `--chat` answers.
 
-A chat model reads a conversation as one text, which a template makes of its messages, as
+A chat model reads a conversation as one text, which a template builds from its messages:
 
     <|im_start|>user
     Who was Ada Lovelace?<|im_end|>
     <|im_start|>assistant
 
-The template is a jinja2 program in the model's folder; it runs in a sandbox, with what transformers
-gives it. A special token that a person types stays text: a placeholder stands for it until the
-template's own tokens have been found.
+The template is a jinja2 program in the model's folder; it runs in a sandbox, with the variables and
+functions that transformers provides. A special token that a person types stays text: a placeholder
+replaces it until the template's own tokens have been found.
 """
 
 import codecs
@@ -107,7 +107,7 @@ class ChatTemplate:
         return self.tokenizer.encode(self.render(messages), special=False, restore=self.restore)
 
     def hide(self, text: str) -> str:
-        """A text with placeholders for the special tokens that it spells."""
+        """A text with placeholders for the special tokens that it contains."""
         added = self.tokenizer.added
 
         def placeholder(found) -> str:  # templates strip white space
@@ -121,7 +121,7 @@ class ChatTemplate:
         return re.sub(f"{MARK}([0-9]+){MARK}", lambda found: text_of[found[1]], text)
 
     def hide_answer(self, ids: list[int]) -> str:
-        """The text of an answer, in which special tokens are the model's own, as <think>."""
+        """The text of an answer, in which special tokens, such as <think>, are the model's own."""
         special, decode = set(self.tokenizer.added.values()), self.tokenizer.decode
         runs = itertools.groupby(ids, special.__contains__)
         return "".join(decode([*run]) if own else self.hide(decode([*run])) for own, run in runs)
@@ -158,9 +158,9 @@ def environment():
 
 
 class Chat:
-    """A conversation with a model. Its cache goes on from turn to turn where the new text begins
-    with what it holds; after an answer that was stopped, or where a template leaves out earlier
-    thoughts, all is read anew."""
+    """A conversation with a model. The cache is reused from turn to turn if the new text begins
+    with what it holds; after an answer that was stopped, or if a template leaves out earlier
+    thoughts, everything is read again."""
 
     def __init__(self, model: Model, tokenizer: Tokenizer, folder: Path, args):
         self.model, self.tokenizer, self.args = model, tokenizer, args
@@ -175,7 +175,7 @@ class Chat:
         self.held, self.cache = [], None  # the ids that the cache holds
 
     def answer(self, text: str) -> None:
-        """Streams the answer to a message. Ctrl-C leaves what there is of it in the history."""
+        """Streams the answer to a message. After Ctrl-C the history holds what there was of it."""
         self.messages.append({"role": "user", "content": self.template.hide(text)})
         ids = self.template.encode(self.messages)
         reach = self.model.config.max_position_embeddings
@@ -205,7 +205,7 @@ def chat(model: Model, tokenizer: Tokenizer, folder: Path, args) -> None:
     talk = Chat(model, tokenizer, folder, args)
     with suppress(ImportError):  # as on Windows
         import readline  # noqa: F401  the arrow keys
-    say("/reset begins anew, Ctrl-C stops an answer, Ctrl-D leaves.")
+    say("/reset starts over, Ctrl-C stops an answer, Ctrl-D leaves.")
     while True:
         try:
             text = input("> ").strip()

@@ -1,5 +1,4 @@
-"""What config.json says of a model: the families that are supported, the plan, and the tiers'
-settings.
+"""Reads config.json: the supported families, the plan and the settings of its tiers.
 
 A plan is one letter per layer and the whole configuration of a conversion: S softmax attention, L
 sliding-window linear attention, X a linear map or nothing. A converted folder has it in config.json
@@ -153,7 +152,7 @@ def read_boosted(raw: dict, path: Path) -> dict:
 
 
 def read_heads(fields: dict, path: Path) -> dict[str, int]:
-    """Numbers and size of the heads, where they fit together."""
+    """Number and size of the heads, checked for consistency."""
     size, heads = fields["hidden_size"], fields["num_attention_heads"]
     groups = fields["num_key_value_heads"] or heads
     head_dim = fields["head_dim"] or size // heads

@@ -1,8 +1,8 @@
 // The functions of kernels.py that a CPU runs faster as one loop. cpu.py builds this file and
 // checks every argument.
 //
-// A decoding step takes as long as reading caches and weights. torch's products of a few rows read
-// them at half the speed of memory, and read every sequence's cache as far as the longest goes;
+// A decoding step is bound by reading caches and weights. torch's products of a few rows read them
+// at half the speed of memory, and read every sequence's cache to the length of the longest one;
 // here each key and value in use is read once. Tier L's prompt is a recurrence whose state stays in
 // the L1 cache: token by token it costs less than the passes over memory of its form in chunks.
 //
@@ -214,8 +214,8 @@ extern "C" bool chunk(int64_t batch, int64_t groups, int64_t tokens, int64_t key
     return true;
 }
 
-// One row times a matrix, W x: as long as reading W. One stream a thread, since memory gives two
-// half of what it gives one.
+// One row times a matrix, W x: bound by reading W. One stream a thread, since two streams get half
+// the bandwidth of one.
 extern "C" bool row_product(int64_t rows, int64_t columns, float* out, const float* x,
                             const Number* weight) {
 #pragma omp parallel for

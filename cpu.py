@@ -1,8 +1,8 @@
 """Optional: the functions of kernels.py that run faster as C++ on a CPU (cpu.cpp), and how it is
 built.
 
-Each twin takes and gives what its original does. `runs(x)` says whether it can be used: on the CPU,
-without gradients, where a C++ compiler works; otherwise one warning is printed and torch runs
+Each twin has the signature of its original. `runs(x)` says whether it can be used: on the CPU,
+without gradients, if a C++ compiler works; otherwise one warning is printed and torch runs
 instead. `enabled = False` is the one switch (--no-compile).
 
 The library is built once per machine: a shared object in the user's cache folder, named by a hash
@@ -34,7 +34,7 @@ NUMBERS = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 
 def runs(x: Tensor) -> bool:
-    """Whether the twins take x, a key, value or weight."""
+    """Whether the twins accept x, a key, value or weight."""
     usable = enabled and x.device.type == "cpu" and x.dtype in NUMBERS
     return usable and not torch.is_grad_enabled() and compiler_works()
 

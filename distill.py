@@ -1,4 +1,4 @@
-"""Healing: the converted model learns to answer as the original did, on about 10M tokens of text.
+"""Healing: the converted model learns to predict as the original does, on up to 10M tokens of text.
 
 The teacher is the original model. The student is the same weights under a plan (`convert` shares
 the tensors), with low-rank adapters on every linear layer, so one copy of the weights serves both.
@@ -7,15 +7,15 @@ Two stages share the token budget:
 1. distillation: KL(teacher || student) on the next token (arXiv 1503.02531) trains the adapters
    (LoRA, arXiv 2106.09685) and the tails. Sequences are short and a step takes one: many small
    steps learn more from the same tokens than a few large ones (results/healing.md).
-2. the same loss on long sequences trains the tails alone. A tail's weight grows with the number of
-   tokens in it; what it should weigh after thousands cannot be learned from hundreds.
+2. the same loss on long sequences trains only the tails. A tail's weight grows with the number of
+   tokens in it; what it should be after thousands cannot be learned from hundreds.
 
 Each stage ends with the average of its weights (`Optimizer`).
 
-A run of N tokens is a fixed list of steps, and what a step reads depends on the seed alone. So a
-run that goes on from a checkpoint ends with the same weights, bit for bit, as one that was never
-stopped. It can also go on to a larger N, or end at a smaller one, since the first stages of both
-begin alike. Under torchrun every process takes its share of each step's sequences, and the
+A run of N tokens is a fixed list of steps, and what a step reads depends only on the seed. So a run
+that resumes from a checkpoint ends with the same weights, bit for bit, as one that was never
+stopped. It can also be extended to a larger N or cut to a smaller one, since stage 1 begins the
+same way for all N. Under torchrun every process takes its share of each step's sequences, and the
 gradients are summed (data parallelism).
 """
 
@@ -37,7 +37,7 @@ from measure import hidden_states, kl_by_position
 from model import Model
 from terminal import Interrupt, progress, say
 
-EPS = 1e-15  # what Adam adds to the size of a gradient: less than those of a faint tail's b
+EPS = 1e-15  # of Adam: smaller than the gradient of a faint tail's b
 AVERAGE = 3  # step t of a stage counts as t^AVERAGE in the average of its weights
 STEADY = 600  # steps of a stage at its full learning rate
 CHECKPOINT_SECONDS = 180  # between two checkpoints
@@ -45,7 +45,7 @@ CHECKPOINT_SECONDS = 180  # between two checkpoints
 
 @dataclass
 class Healing:
-    """The settings of a run. A checkpoint goes on only under the same ones, except `tokens` and
+    """The settings of a run. A checkpoint resumes only under the same ones, but for `tokens` and
     `validations`."""
 
     tokens: int = 10_000_000  # that both stages train on, in all
@@ -84,19 +84,19 @@ class Healing:
         self.together = self.batch // world
 
     def tokens_after(self, step: int) -> int:
-        """Tokens that the first `step` steps train on."""
+        """Tokens in the first `step` steps."""
         short = min(step, self.short_steps)
         return self.batch * (short * self.context + (step - short) * self.long_context)
 
     def stage(self, step: int) -> tuple[int, int, float]:
-        """Of the stage that a step is in: its first step, the first after it, its learning rate."""
+        """The stage of a step: its first step, the first one after it, its learning rate."""
         if step < self.short_steps:
             return 0, self.short_steps, self.lr
         return self.short_steps, self.steps, self.tail_lr
 
     def validates(self, step: int) -> bool:
-        """Before the run and at its end; from three validations on between the stages, too, and
-        evenly in between."""
+        """Whether to validate before this step: before the run and at its end; from three
+        validations on, also between the stages and evenly in between."""
         spans = self.validations - 2
         if spans < 1:
             return step in (0, self.steps)
@@ -108,8 +108,8 @@ class Healing:
 
             rate_t = peak * min(1, t / warm_up, sqrt(STEADY / t))
 
-        In stage 1 nothing depends on the stage's length, so that a longer run begins as a shorter
-        one does. Stage 2 warms up for a twentieth of its steps.
+        In stage 1 nothing depends on the stage's length, so a longer run begins like a shorter one.
+        Stage 2 warms up for a twentieth of its steps.
         """
         first, last, peak = self.stage(step)
         t = step - first + 1
@@ -118,7 +118,7 @@ class Healing:
 
     def read(self, step: int, train: Tensor) -> Tensor:
         """The sequences of a step, [batch, tokens], from train [N, context]: pass after pass over
-        all of it, each in an order of its own. Stage 2 reads the same text in longer sequences."""
+        all of it, each in its own order. Stage 2 reads the same text in longer sequences."""
         long = step >= self.short_steps
         first = self.short_steps if long else 0
         tokens = self.long_context if long else self.context
@@ -146,15 +146,15 @@ def heal(
     identity: dict,
 ) -> dict:
     """Heals `student` in place and merges its adapters. Returns the curve: under `train` the loss
-    of every step, under `valid` pairs of tokens seen and KL, under `sequences` how many that KL is
-    on.
+    of every step, under `valid` pairs of tokens seen and KL, under `sequences` the number of
+    sequences in that KL.
 
     teacher: the original; student: `convert(teacher, plan)`; train, valid: ids [N, context].
-    The run is saved to `checkpoint` every CHECKPOINT_SECONDS, at Ctrl-C (then KeyboardInterrupt is
-    raised) and at its end, and goes on from there; `identity` says what else must be the same for
-    that: the model, the plan, the data. Beside it are kept the checkpoint before it, used where it
-    is damaged, and the end of stage 1, for a run of more tokens. Raises Diverged when the loss is
-    not finite, InputError when the checkpoint was made with other settings or is past `tokens`.
+    The run is saved to `checkpoint` every CHECKPOINT_SECONDS, at Ctrl-C (which then raises
+    KeyboardInterrupt) and at its end, and resumes from there if `identity` (the model, the plan,
+    the data) is the same. The previous checkpoint is kept, in case this one is damaged, and so is
+    the end of stage 1, for a run of more tokens. Raises Diverged if the loss is not finite,
+    InputError if the checkpoint was made with other settings or is past `tokens`.
     """
     run = Run(teacher, student, valid, settings, checkpoint, identity)
     if settings.compile:
@@ -194,7 +194,7 @@ def heal(
 
 
 class Run:
-    """Where a run stands: the two models, the optimizer, how many steps are done, the curve."""
+    """The state of a run: the two models, the optimizer, the number of steps done, the curve."""
 
     def __init__(self, teacher, student, valid, settings, checkpoint, identity):
         self.teacher = teacher
@@ -234,8 +234,8 @@ class Run:
         say(f"resumed at {seen:,} of {self.settings.trained_tokens:,} tokens")
 
     def save(self, path: Path) -> None:
-        """Writes a checkpoint. A sound one that it replaces becomes the one before it first, so
-        that there is a whole one at every moment."""
+        """Writes a checkpoint. A sound one is first renamed to be the previous one, so that there
+        is a whole one at every moment."""
         if rank_and_world()[0] > 0:
             return
         state = {"step": self.step, "curve": self.curve, "identity": self.identity}
@@ -300,9 +300,9 @@ class Run:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Writes what was learned to adapter.safetensors and merges it into the weights; the start
-        of it, which changes nothing, where validation says that it did harm: on a plan of little
-        damage a few steps can."""
+        """Writes what was learned to adapter.safetensors and merges it into the weights. If
+        validation says that healing did harm, as a few steps can on a plan of little damage, the
+        initial values, which change nothing, take its place."""
         student, settings = self.student, self.settings
         student.config.healed_context = settings.longest
         (seen, first), (_, last) = self.curve["valid"][0], self.curve["valid"][-1]
@@ -329,7 +329,7 @@ class Run:
 
 
 def checkpoint_files(path: Path) -> tuple[Path, Path, Path]:
-    """The checkpoint of a run, the one before it, and that of the end of stage 1."""
+    """The checkpoint of a run, the previous one, and the one at the end of stage 1."""
     before, distilled = (f"{path.stem}-{name}.safetensors" for name in ("before", "distilled"))
     return path, path.with_name(before), path.with_name(distilled)
 
@@ -346,10 +346,10 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def find_checkpoint(checkpoint: Path, settings: Healing, identity: dict) -> tuple:
-    """The first of a run's files that it can go on from, with what it holds: one made with the same
-    budget, or one that is not past stage 1 of either budget. One that is damaged, or was made where
-    something other than the budget differs, is named and passed over. (None, {}, {}) where there is
-    no file; InputError where there are files and none will do."""
+    """The first checkpoint that the run can resume from, with its content: one made with the same
+    budget, or one that is not past stage 1 of either budget. One that is damaged, or differs in
+    more than the budget, is named and skipped. (None, {}, {}) if there is no file; InputError if
+    there are files and none will do."""
     done, wrong = 0, []
     for path in filter(Path.exists, checkpoint_files(checkpoint)):
         try:
@@ -387,7 +387,7 @@ def check_identity(path: Path, made_with: dict, identity: dict) -> None:
 
 
 def healed_tokens(checkpoint: Path) -> tuple[int, int]:
-    """How many tokens a run has trained on at a checkpoint, and of how many."""
+    """How many tokens a run has trained on at a checkpoint, and how many it will in all."""
     state, _ = read_checkpoint(checkpoint)
     made_with = state["identity"]
     settings = Healing(**{field.name: made_with[field.name] for field in fields(Healing)})
@@ -395,9 +395,9 @@ def healed_tokens(checkpoint: Path) -> tuple[int, int]:
 
 
 def healing_bytes(model: Model, settings: Healing) -> tuple[int, int]:
-    """What healing takes at least, in memory beside the model and on disk: its merged weights; of
-    the adapters the weights, their average, two moments and, in memory, the gradients, all float32;
-    the residual stream of every layer on the longest sequences."""
+    """A lower bound of what healing takes, in memory besides the model and on disk: the merged
+    weights; for the adapters their weights, average, two moments and, in memory, gradients, all
+    float32; and the residual stream of every layer on the longest sequences."""
     weights, adapters = 0, 0
     for x in model.layers.parameters():
         if x.ndim == 2:
@@ -426,7 +426,7 @@ def distillation(teacher: Model, student: Model, ids: Tensor, weight=1.0, compil
 
 
 def prepare(student: Model, settings: Healing) -> dict[str, nn.Parameter]:
-    """Gives the student its adapters. Returns what learns, by name: they and the tails."""
+    """Adds adapters to the student. Returns the parameters to train by name: adapters and tails."""
     add_adapters(student, settings.rank, settings.seed)
     student.requires_grad_(False)
     tails = tail_names(student)
@@ -438,7 +438,7 @@ def prepare(student: Model, settings: Healing) -> dict[str, nn.Parameter]:
 
 
 def tail_names(student: Model) -> set[str]:
-    """The parameters of the layers' tails that can learn, by their names in the model."""
+    """The names of the trainable parameters of the tails."""
     names = set()
     for i, layer in enumerate(student.layers):
         if layer.self_attn is not None:
@@ -450,10 +450,10 @@ def tail_names(student: Model) -> set[str]:
 
 
 class Optimizer:
-    """AdamW (arXiv 1711.05101) without weight decay, gradients clipped to norm 1. What learns is
-    float32, whatever the model's dtype.
+    """AdamW (arXiv 1711.05101) without weight decay, gradients clipped to norm 1. Trained
+    parameters are float32, whatever the model's dtype.
 
-    Beside the weights w_t it keeps their average, in which step t of a stage counts about as
+    It also keeps an average of the weights w_t, in which step t of a stage counts about as
     t^AVERAGE (arXiv 1212.1824, section 4):
 
         average_t = (1 - c) average_{t-1} + c w_t        c = (AVERAGE + 1) / (AVERAGE + t)
@@ -470,7 +470,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, learning_rate: float, t: int) -> None:
-        """Takes the t-th step of a stage, t from 1 on. What has no gradient stays as it is."""
+        """Takes the t-th step of a stage, t from 1 on. What has no gradient does not change."""
         torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
@@ -482,7 +482,7 @@ class Optimizer:
 
     @torch.no_grad()
     def exchange(self) -> None:
-        """The averages become the weights, and the weights take their place."""
+        """Swaps weights and averages."""
         for name, parameter in self.trained.items():
             weight = parameter.clone()
             parameter.copy_(self.averages[name])
@@ -490,7 +490,7 @@ class Optimizer:
 
     @torch.no_grad()
     def end_stage(self) -> None:
-        """The averages become the weights, for good."""
+        """Sets the weights to their averages."""
         for name, parameter in self.trained.items():
             parameter.copy_(self.averages[name])
 

@@ -1,6 +1,6 @@
-"""KL(teacher || student), how far a model's next-token distribution is from the original's: what a
-scan measures and healing lowers. Over a vocabulary of V tokens logits are large, so they are made a
-slice of positions at a time.
+"""KL(teacher || student), how far a model's next-token distribution is from the original's: the
+scan measures it, and healing lowers it. Logits over a vocabulary of V tokens are large, so they
+are computed for a slice of positions at a time.
 """
 
 import functools
@@ -17,7 +17,8 @@ def logit_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def logit_kl_gradient(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, and its gradient by the student's logits: q - p, [rows, V] in their dtype."""
+    """The same, and its gradient with respect to the student's logits: q - p, [rows, V] in their
+    dtype."""
     log_q = student.log_softmax(-1, dtype=torch.float32)
     log_p = teacher.log_softmax(-1, dtype=torch.float32)
     p = log_p.exp()
@@ -31,14 +32,14 @@ def compiled(function):
 
 
 def slice_rows(device: torch.device) -> int:
-    """How many positions' logits over the vocabulary exist at one time: few enough for a CPU's
-    caches, many enough to fill a GPU."""
+    """Positions whose logits exist at one time: few enough for a CPU's caches, many enough to fill
+    a GPU."""
     return 64 if device.type == "cpu" else 512
 
 
 class SlicedKL(torch.autograd.Function):
     """KL(teacher || student) summed over positions, from hidden states, a slice of positions at a
-    time. The gradient is made in the forward pass, while the slice's logits exist, so no float32
+    time. The gradient is computed in the forward pass, while the slice's logits exist, so no
     tensor of [tokens, V] is ever alive."""
 
     @staticmethod

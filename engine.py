@@ -1,11 +1,11 @@
 """Continuous batching: many requests decoded together (Orca, OSDI 2022).
 
 A step gives every live sequence its next token, each at its own position. Prompts are read
-("prefilled") together in a cache of their own, a chunk between two steps so that the live sequences
-need not wait long, and then move into free slots. The caches are allocated once. A step takes the
-first slots, as many as hold live sequences, rounded up to one of a few sizes. On a GPU the step of
-each size is recorded as a CUDA graph and replayed: to launch its kernels one by one would take
-longer than to run them.
+("prefilled") together in a cache of their own, one chunk between two steps so that live sequences
+do not wait long, and then move into free slots. The caches are allocated once. A step covers the
+first slots up to the last live sequence, rounded up to one of a few sizes. On a GPU the step of
+each size is recorded as a CUDA graph and replayed: launching its kernels one by one would take
+longer than running them.
 """
 
 import copy
@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from attention import SoftmaxCache, compiles
 from kernels import feature_size
-from model import Cache, Model, cache_bytes, cache_tensors, compiled_cached_block
+from model import Cache, Model, cache_bytes, cache_tensors, compiled_block
 
 SMALLEST = 4  # slots of a step, and what its sizes differ by at least
 GRAPHS = 2**28  # bytes that recorded steps and cuBLAS take for themselves
@@ -31,7 +31,7 @@ PADDING = 128  # on a GPU, prompts are padded to a multiple of this many tokens
 
 @dataclass(eq=False)
 class Request:
-    """A prompt [T] and how many tokens are to follow it; fewer where one of `stop` comes first."""
+    """A prompt [T] and how many tokens to generate; fewer if one of `stop` comes first."""
 
     prompt: Tensor
     max_new_tokens: int
@@ -40,8 +40,8 @@ class Request:
 
     @property
     def done(self) -> bool:
-        enough = len(self.output) >= self.max_new_tokens
-        return enough or bool(self.output) and self.output[-1] in self.stop
+        is_full = len(self.output) >= self.max_new_tokens
+        return is_full or bool(self.output) and self.output[-1] in self.stop
 
 
 class InFlight(NamedTuple):
@@ -55,8 +55,8 @@ class InFlight(NamedTuple):
 class Engine:
     """Decodes requests greedily, `slots` sequences of up to `room` tokens at a time.
 
-    `compiled` runs the steps through torch.compile where that works: once for all sizes and
-    lengths, but that takes one or two minutes, so it is for long service."""
+    `compiled` runs the steps through torch.compile if that works here. It compiles once for all
+    sizes and lengths, but takes a minute or two, so it pays in long service only."""
 
     @torch.inference_mode()
     def __init__(self, model: Model, slots: int, room: int, compiled: bool = False):
@@ -69,17 +69,17 @@ class Engine:
         self.cache = model.new_cache(slots, padded(room, model.device))
         self.token = torch.zeros(slots, dtype=torch.int64, device=model.device)  # each one's last
         self.advance = torch.zeros_like(self.token)  # 1 for a live slot, 0 for a free one
-        self.weights = ""  # what they were when the steps were made
+        self.weights = ""  # their version when the steps were made
         self.forget_steps()
 
     @torch.inference_mode()
     def run(self, waiting: deque[Request]):
-        """Serves the requests until none is left, those put into `waiting` meanwhile too. Yields a
-        request after each token that joins its output. Raises ValueError for a request that is
-        longer than a slot."""
+        """Serves the requests until none is left, including those that join `waiting` meanwhile.
+        Yields a request after each token that is added to its output. Raises ValueError for a
+        request that is longer than a slot."""
         self.prepare()
-        # A GPU gets its next step before the tokens of the last one are looked at, so that it never
-        # waits for the host. What it computes for a request that has just ended is dropped.
+        # A GPU gets its next step before the host looks at the tokens of the last one, so that it
+        # never waits. What it computes for a request that has just ended is dropped.
         ahead = 1 if self.on_gpu else 0
         in_flight: deque[InFlight] = deque()
         reading: list[Request] = []
@@ -107,14 +107,16 @@ class Engine:
 
     @property
     def block(self):
-        """What runs a layer on a GPU; None is the model's own way."""
-        return compiled_cached_block if self.compiled and self.on_gpu else None
+        """The function that runs a layer on a GPU; None for the model's own."""
+        if not (self.compiled and self.on_gpu):
+            return None
+        return functools.partial(compiled_block, any_size=True)
 
     # --- requests come and go ---
 
     def take_prompts(self, waiting: deque[Request]) -> list[Request]:
-        """The next requests, as many as there are free slots for and as fit one chunk, padded to
-        the longest; one at least."""
+        """The next requests: as many as there are free slots for and as fit one chunk, padded to
+        the longest; at least one."""
         taken: list[Request] = []
         longest = 0
         while waiting and len(taken) < self.live.count(None):
@@ -167,7 +169,7 @@ class Engine:
             self.mark_live()
 
     def close_gaps(self) -> None:
-        """Where the live sequences would fit a smaller step, the last ones move into free slots."""
+        """Moves the last live sequences into free slots if a smaller step then covers all."""
         slots = [slot for slot, request in enumerate(self.live) if request]
         if not slots or self.size_for(len(slots)) == self.size_for(slots[-1] + 1):
             return
@@ -182,7 +184,7 @@ class Engine:
         move_sequences(self.cache, sources, self.cache, targets)
 
     def mark_live(self) -> None:
-        """Tells the device which slots are live. A free one stands at position 0, where it costs
+        """Tells the device which slots are live. A free slot is put at position 0, where it costs
         least."""
         live = [int(request is not None) for request in self.live]
         self.advance.copy_(as_tensor(live, self.advance.device))
@@ -203,9 +205,9 @@ class Engine:
         return self.token[:size]
 
     def prepare(self) -> None:
-        """Drops steps made for other weights. On a GPU, makes those of all sizes, since making one
-        runs it, which must not happen while a sequence is live; the largest first, whose memory
-        then serves the others."""
+        """Discards steps that were made for other weights. On a GPU, makes those of all sizes:
+        making one runs it, which must not happen while a sequence is live. The largest comes first,
+        so that the others can share its memory."""
         weights = weights_version(self.model)
         if weights != self.weights:
             self.forget_steps()
@@ -250,7 +252,7 @@ def step_sizes(slots: int) -> list[int]:
 
 
 def runs_ahead(device: torch.device) -> bool:
-    """Whether the host launches work and goes on, as with a GPU."""
+    """Whether work on the device is asynchronous, as on a GPU."""
     return device.type == "cuda"
 
 
@@ -265,11 +267,11 @@ def padded(tokens: int, device: torch.device) -> int:
 
 
 def working_bytes(model: Model, room: int, shortest: int) -> tuple[float, float]:
-    """What serving takes beside weights and caches where nothing is compiled, at most: bytes in
-    all, and for each slot. `shortest` is the length of the shortest prompt.
+    """An upper bound of the memory that eager serving takes besides weights and caches: bytes in
+    total, and bytes per slot. `shortest` is the length of the shortest prompt.
 
-    In all: the cache of the prompts that are read together, and what a layer makes of a chunk. For
-    each slot: what a layer makes of a token, and the logits."""
+    In total: the cache of the prompts that are read together, and the activations of one layer on a
+    chunk. Per slot: the activations of one layer on a token, and the logits."""
     c = model.config
     size = model.norm.weight.element_size()
     chunk = chunk_tokens(model.device)
@@ -282,8 +284,8 @@ def working_bytes(model: Model, room: int, shortest: int) -> tuple[float, float]
     state = 0
     if "L" in c.plan:
         F, D = feature_size(c.feature_map, c.head_dim), c.head_dim
-        # Scores, their weights, and both again in half precision; some six vectors of each head
-        # and four of its features: all but those in float32.
+        # Scores, their weights, and both again in half precision; about six vectors of each head
+        # and four of its features, counted as float32.
         seen = c.window + c.sinks + max(64, c.window // 4)  # by a query, and beside it in its chunk
         token = max(token, c.num_attention_heads * 4 * (3 * seen + 6 * D + 4 * F))
         state = 4 * c.num_key_value_heads * F * (D + 1)
@@ -291,10 +293,9 @@ def working_bytes(model: Model, room: int, shortest: int) -> tuple[float, float]
 
 
 def prefill(model: Model, prompts: list[Tensor], cache: Cache, block=None):
-    """Reads prompts ([T] each; several only where they fit one chunk, padded) into an empty cache,
-    a chunk at a time. Yields the hidden states [B, hidden_size] of the last tokens, and whether
-    that was the last chunk. The cache has room for what has been read and no more, so no chunk
-    reads what is still empty."""
+    """Reads prompts ([T] each; several only if they fit one chunk, padded) into an empty cache, a
+    chunk at a time. Yields the hidden states [B, hidden_size] of the last tokens, and whether that
+    was the last chunk. The cache grows with what has been read, so no chunk reads empty slots."""
     lengths = as_tensor([len(prompt) for prompt in prompts], model.device)
     ids = pad_sequence(prompts, batch_first=True)
     ids = F.pad(ids, (0, padded(ids.shape[1], ids.device) - ids.shape[1]))
@@ -317,8 +318,8 @@ def next_tokens(
     model: Model, token: Tensor, layers: list, positions: Tensor, block=None, weights: str = ""
 ) -> Tensor:
     """One step of every sequence: its last token [B] and position [B] -> its next token [B]. Fills
-    the caches of `layers`. `weights` tells a compiled program when to be made anew."""
-    len(weights)  # a compiled program is guarded by what it reads alone
+    the caches of `layers`. When `weights` changes, a compiled program is compiled again."""
+    len(weights)  # only what is read guards a compiled program
     x = model.embed_tokens(token[:, None])
     x = model.run_layers(x, 0, len(model.layers), Cache(layers, positions), block=block)
     return model.logits(model.norm(x)[:, 0]).argmax(-1)
@@ -347,7 +348,7 @@ def compiled_next_tokens():
 
 
 def weights_version(model: Model) -> str:
-    """Changes when a weight is written in place or replaced, since constants would not follow."""
+    """Changes when a weight is written in place or replaced: compiled constants would be stale."""
     versions = []
     for p in model.parameters():
         versions.append((p.data_ptr(), 0 if p.is_inference() else p._version))
@@ -378,8 +379,8 @@ def first_sequences(cache: Cache, count: int) -> Cache:
 
 
 def mark_dynamic_sizes(cache: Cache, token: Tensor) -> None:
-    """Tells torch.compile which sizes differ from step to step and from engine to engine: the
-    number of slots, and the room in the softmax caches."""
+    """Tells torch.compile which sizes vary between steps and engines: the number of slots, and the
+    room in the softmax caches."""
     for layer in cache.layers:
         for x in cache_tensors(layer).values():
             if isinstance(layer, SoftmaxCache):

@@ -1,18 +1,18 @@
-"""What stands where attention is removed: the linear map that comes closest to it.
+"""The linear map that replaces removed attention.
 
-An X layer gets y = W x + c in the place of its attention, x the block's normed input. Over the
-tokens of a text, W and c minimise the mean of |W x + c - y|^2, so that (with C_xx, C_yx the
+An X layer computes y = W x + c in place of its attention, where x is the block's normed input. Over
+the tokens of a text, W and c minimise the mean of |W x + c - y|^2, so that (with C_xx, C_yx the
 covariances)
 
     c = E[y] - W E[x]        W = C_yx (C_xx + lambda I)^-1
 
 (Neural Block Linearization, arXiv 2505.21077, section 3; lambda keeps W small in directions that
-the text hardly has). A map sees one token alone and keeps no cache; its d^2 weights are fewer than
-those of the attention that it replaces.
+hardly occur in the text). A map sees one token at a time and keeps no cache; its d^2 weights are
+fewer than those of the attention that it replaces.
 
-The maps are fitted from front to back, on the stream that they will meet: x is of the altered
-model, where all layers before are altered already, and y leads back to the original's stream, so a
-map also takes out what the layers before have left.
+The maps are fitted from front to back, on the stream that they will see: x comes from the altered
+model, in which all earlier layers are altered already, and y leads back to the original's stream,
+so a map also corrects the error that earlier layers have left.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """The functions of kernels.py that run faster on a GPU: tier S, and the window of a step of tier L,
 through flash attention.
 
-Each twin takes and gives what its original does. `runs(x)` says whether it can be used: on a GPU
+Each twin has the signature of its original. `runs(x)` says whether it can be used: on a GPU
 from Ampere on, in half precision, without gradients. Nothing is built for it; the rest of tier L
 needs none, since torch.compile fuses it, where `compiler_works`.
 """
@@ -16,7 +16,7 @@ from kernels import group_heads, join_tail, join_terms, write_slot
 
 
 def runs(x: Tensor) -> bool:
-    """Whether the twins take x, a key."""
+    """Whether the twins accept x, a key."""
     half = x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] % 8 == 0
     if not (x.is_cuda and half) or torch.is_grad_enabled():
         return False
@@ -73,7 +73,7 @@ def window_linear_step(query, new_key, new_value, slot, key, value, end, *tail) 
 def flash_attention(
     query: Tensor, key: Tensor, value: Tensor, end: Tensor, sliding_window: int
 ) -> tuple[Tensor, Tensor]:
-    """FlashAttention-2 (arXiv 2307.08691) as torch brings it, on a cache as it lies.
+    """FlashAttention-2 (arXiv 2307.08691) as bundled with torch, on a cache without copying it.
 
     query [B, H, T, D]: the last T tokens of each sequence; key, value [B, G, room, D], of which the
     slots before `end` [B] are in use: no others are read. 0 for no sliding window. Returns

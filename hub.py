@@ -1,5 +1,5 @@
 """Files in and out: models found on disk or on the Hub, JSON and safetensors read and written
-safely, and the hashes that tell files and tensors apart.
+safely, and hashes that identify files and tensors.
 
 Everything that can be wrong with a file the user gave becomes an `InputError`: one line that names
 the file or flag and the fix. A file is written under a temporary name and renamed, so it is whole
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-PARTIAL = ".partial"  # ends the name of a file that is being written
+PARTIAL = ".partial"  # suffix of a file that is still being written
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -29,9 +29,9 @@ TOKENIZER_FILES = (
 
 
 class InputError(ValueError):
-    """Something the user can mend: the message, one line, names the file or flag and the fix. What
-    a file brings into it, as a tensor's name, cannot steer the terminal: control characters are
-    written out."""
+    """A mistake that the user can fix: the message, one line, names the file or flag and the fix.
+    Text from a file, such as a tensor's name, cannot control the terminal: control characters are
+    escaped."""
 
     def __init__(self, message: str):
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
@@ -47,8 +47,8 @@ def require(condition, message: str) -> None:
 
 
 def find_model(path_or_hub_id: str, revision: str | None = None) -> Path:
-    """The local folder of a model. Of a Hub id, the files that are read are downloaded, or found in
-    the Hub's cache. Raises InputError where there is neither."""
+    """The local folder of a model. For a Hub id, the files that are read are downloaded, or found
+    in the Hub's cache. Raises InputError if there is neither."""
     if os.path.isdir(path_or_hub_id):
         return Path(path_or_hub_id)
 
@@ -169,8 +169,8 @@ def content_hash(tensors: dict, metadata: dict[str, str]) -> str:
 
 
 def fingerprint(*tensors: Tensor) -> str:
-    """Twelve hex digits that tell sets of tensors apart, by their shapes and 64 values of each;
-    weights give the same ones in every precision."""
+    """Twelve hex digits that identify a set of tensors, by their shapes and 64 values of each;
+    weights give the same digits in every precision."""
     digest = hashlib.sha256()
     for x in tensors:
         flat = x.detach().flatten()
@@ -183,7 +183,7 @@ def fingerprint(*tensors: Tensor) -> str:
 
 
 def hash_files(*paths: str | Path) -> str:
-    """Twelve hex digits of what files hold, one after the other."""
+    """Twelve hex digits of the contents of files, in order."""
     digest = hashlib.sha256()
     for path in paths:
         digest.update(Path(path).read_bytes())

@@ -1,5 +1,5 @@
-"""The arithmetic of LayerBoost as functions of tensors: each formula first, then the form that
-runs.
+"""The arithmetic of LayerBoost as functions of tensors: first the defining formula, then the
+implementation that is used.
 
 Tier L, sliding-window linear attention, mixes two kinds of attention under one denominator. For the
 query at position t, the first `sinks` positions and the last `window` ones (t - window < i <= t)
@@ -13,16 +13,16 @@ through a feature map phi:
     a_i = q_t . k_i / sqrt(D)      S_t = sum_tail phi(k_i) v_i^T      z_t = sum_tail phi(k_i)
 
 b is a learned logit per query head. Hedgehog and LoLCATs mix the same two terms (arXiv 2402.04347,
-2410.10254); the sinks are StreamingLLM's (arXiv 2309.17453). Both terms stand on one absolute
-scale: what is subtracted from the exponents for safety is subtracted from a_i and from b alike, so
-the mix does not drift from query to query.
+2410.10254); the sinks are StreamingLLM's (arXiv 2309.17453). Both terms share one scale: the
+maximum that is subtracted for numerical stability is subtracted from a_i and from b, so the mix
+does not drift from query to query.
 
 `naive_window_linear_attention` is that formula with [T, T] masks, the reference for all else.
 `window_linear_attention` computes it in chunks: O(T (window + sinks + F)) time, O(T) memory.
 `window_linear_step` computes one token of it in O(window + sinks + F), whatever the context length.
 
 Shapes: B batch, T tokens, H query heads, G key/value heads (each serves R = H / G query heads), D
-head size, F features, V vocabulary. This file needs torch alone.
+head size, F features, V vocabulary. This file depends only on torch.
 """
 
 from typing import NamedTuple
@@ -141,7 +141,7 @@ def softmax_attention(
     """The same by torch's fused kernel, for a whole sequence or the next T tokens of one.
 
     query [B, H, T, D] at the positions from `start` [B] on (None: from 0); key, value
-    [B, G, keys, D] at the positions from 0 on, of which later ones may hold anything.
+    [B, G, keys, D] at the positions from 0 on; those after the last query may hold anything.
     Returns [B, H, T, D].
     """
     tokens = query.shape[2]
@@ -220,7 +220,7 @@ def causal_mask(
 
 
 class Past(NamedTuple):
-    """What a sequence's earlier tokens left behind for tier L, beside the keys in the window."""
+    """State of tier L from a sequence's earlier tokens, besides the keys in the window."""
 
     start: Tensor  # [B] int64: how many tokens came before, the position of the next one
     sink_key: Tensor  # [B, G, sinks, D]
@@ -280,7 +280,7 @@ def window_linear_attention(
     """The same in chunks, going on from `past`: linear in T in time and memory.
 
     query [B, H, T, D]; key, value [B, G, window + T, D]: those of the `window` tokens before the
-    first query (anything where there are none), then those of the queries; phi_query [B, H, T, F];
+    first query (arbitrary where there are none), then those of the queries; phi_query [B, H, T, F];
     phi_key [B, G, T, F]: the features of key[:, :, :T], the tokens that leave the window as each
     query arrives, zero where that is a sink or no token. Returns [B, H, T, D]."""
     tokens = query.shape[2]
@@ -453,29 +453,21 @@ def window_linear_step(
     phi_query [B, H, 1, F]; phi_key [B, G, F] (zero where no token leaves) and value `left` [B, G,
     D] of the token that leaves the window; S `state` [B, G, F, D] and z `norm` [B, G, F], which
     change in place. Returns [B, H, 1, D]."""
-    groups, D = key.shape[1], key.shape[3]
-
-    # The new token takes its slot. Local scores a_i over the slots in use.
     write_slot(key, value, slot, new_key, new_value)
-    scores = group_heads(query, groups) @ key.mT * D**-0.5  # (B, G, R, slots)
-    unused = torch.arange(key.shape[2], device=key.device) >= end[:, None]
-    scores = scores.float().masked_fill(unused[:, None, None], -torch.inf)
+    used = torch.arange(key.shape[2], device=key.device) < end[:, None]
+    bias = torch.where(used, 0.0, -torch.inf)[:, None, None]  # (B, 1, 1, slots)
+    rows = group_heads(query * query.shape[-1] ** -0.5, key.shape[1])  # (B, G, R, D)
+    local, log_sum = attend_with_sum(rows, key, value, bias)
+    local = local.nan_to_num()  # where no slot is in use, as without a window
 
-    # Both terms on one scale: m = max(max_i a_i, b).
-    tail = (phi_query, phi_key, left, tail_logit, state, norm)
-    tail_numerator, tail_denominator, b = join_tail(*tail)
-    m = torch.maximum(scores.amax(-1, keepdim=True), b)
-    local = torch.exp(scores - m)
-    tail_scale = torch.exp(b - m)
-
-    numerator = local.to(value.dtype) @ value + tail_scale * tail_numerator  # (B, G, R, D)
-    denominator = local.sum(-1, keepdim=True) + tail_scale * tail_denominator
-    return (numerator / denominator).view_as(query).to(query.dtype)
+    numerator, denominator, b = join_tail(phi_query, phi_key, left, tail_logit, state, norm)
+    out = join_terms(local, log_sum, numerator, denominator, b)
+    return out.view_as(query).to(query.dtype)
 
 
 def join_tail(phi_query, phi_key, left, tail_logit, state, norm) -> tuple[Tensor, Tensor, Tensor]:
-    """The token that leaves the window joins the tail. Returns phi(q)^T S [B, G, R, D], phi(q)^T z
-    and b [B, G, R, 1], -inf where there is no tail yet."""
+    """Adds the token that leaves the window to the tail. Returns phi(q)^T S [B, G, R, D],
+    phi(q)^T z and b [B, G, R, 1], -inf where there is no tail yet."""
     state += phi_key[..., None] * left.float()[:, :, None]
     norm += phi_key
     groups = norm.shape[1]

@@ -1,5 +1,4 @@
-"""LayerBoost (arXiv 2604.22050), from a pretrained model to a cheaper one, in the order in which it
-happens:
+"""LayerBoost (arXiv 2604.22050) turns a pretrained model into a cheaper one, in these steps:
 
     load -> scan -> plan -> convert -> heal -> evaluate -> report and save
 
@@ -8,11 +7,11 @@ need it. The scan changes one layer at a time, to X (attention removed) and to L
 linear attention), and measures the damage. The plan keeps softmax (S) where the damage is worst.
 Healing distils the original back into the converted model. `boost` tells this story.
 
-    python layerboost.py                    all of this on the embedded model of tiny/, in minutes
+    python layerboost.py                    all of this on the embedded model in tiny/, in a minute
     python layerboost.py --model DIR --data TEXT --keep 10 --tokens 200k --out out/name
     python layerboost.py --model out/name --prompt "The capital of France is"    or --chat
     python layerboost.py --model DIR --adapter out/name/adapter.safetensors    the same, no healing
-    torchrun --nproc-per-node=4 layerboost.py --model ...    work shared out over processes
+    torchrun --nproc-per-node=4 layerboost.py --model ...    work shared over processes
 """
 
 import argparse
@@ -78,17 +77,17 @@ from terminal import (
 from text import C4, ENCODING, TEXT_KINDS, TEXT_TOKENS, fitting_text, read_documents, read_text
 from tokenizer import Tokenizer, load_tokenizer
 
-SHORT_CONTEXT = 512  # tokens of a sequence in healing's first stage, or more (`reach_beyond`)
+SHORT_CONTEXT = 512  # least tokens of a sequence in healing's first stage (`reach_beyond`)
 LONG_CONTEXT = 4096  # tokens a sequence in the last stage of healing, or all of its positions
-DAMAGE = 0.05  # that a plan may do where no budget is given: twice the speed for SmolLM2
+DAMAGE = 0.05  # that a plan may do if no budget is given: for SmolLM2, twice the speed
 
 TINY = Path(os.path.relpath(Path(__file__).resolve().parent / "tiny"))
-TINY_DEFAULTS = {  # what stands for flags that are not given, without --model
+TINY_DEFAULTS = {  # of flags that are not given, without --model
     "model": str(TINY),
     "data": str(TINY / "train.jsonl.gz"),
     "valid": str(TINY / "valid.jsonl.gz"),
     "tokens": 36_000,
-    "damage": 0.015,  # it has few layers, and each removed one shows
+    "damage": 0.015,  # with few layers, each changed one counts more
 }
 
 PAPER = {"planner": "paper", "removed": "nothing", "window": 64, "feature_map": "hedgehog"}
@@ -167,7 +166,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
 
 
 def take_adapter(model: Model, source: Path, args) -> None:
-    """What --adapter holds in the place of healing: the model into args.out."""
+    """Applies --adapter instead of healing, and saves the model to args.out."""
     check_original(model, source, args)
     healed = load_adapter(model, Path(args.adapter))
     save_model(healed, args.out, source)
@@ -188,8 +187,8 @@ def check_original(model: Model, source: Path, args) -> None:
 
 
 def check_arguments(model: Model, source: Path, tiers: dict, args) -> None:
-    """What is wrong with the flags together, or with this model, stops here, before any work.
-    args.keep, args.plan and args.batch get their values."""
+    """Checks the flags together and with this model before any work, and sets args.keep, args.plan
+    and args.batch. Raises InputError."""
     check_original(model, source, args)
     n = len(model.layers)
     reach = model.config.max_position_embeddings
@@ -226,8 +225,8 @@ def check_arguments(model: Model, source: Path, tiers: dict, args) -> None:
 
 
 def healing_settings(model: Model, tokens: int, validations: int, args) -> Healing:
-    """On sequences of --context or SHORT_CONTEXT. Raises InputError where memory or disk are too
-    small for them."""
+    """Healing on sequences of --context or SHORT_CONTEXT. Raises InputError if memory or disk are
+    too small."""
     reach = model.config.max_position_embeddings
     context = min(args.context or SHORT_CONTEXT, reach)
     settings = Healing(
@@ -248,8 +247,8 @@ def healing_settings(model: Model, tokens: int, validations: int, args) -> Heali
 
 
 def reach_beyond(window: int, settings: Healing) -> Healing:
-    """Sequences of twice the window, in powers of two, as long as LEAST_STEPS of them fit: within
-    its window an L layer is softmax attention and has nothing to learn."""
+    """Sequences of twice the window, in powers of two, if there are at least LEAST_STEPS of them:
+    within its window an L layer is softmax attention and has nothing to learn."""
     context = settings.context
     most = min(settings.long_context, settings.tokens // (settings.batch * LEAST_STEPS))
     while context < 2 * window and 2 * context <= most:
@@ -260,8 +259,8 @@ def reach_beyond(window: int, settings: Healing) -> Healing:
 def scan_layers(
     model: Model, tokenizer: Tokenizer, train, fitting, tiers: dict, settings, budget, rates, args
 ) -> list[dict]:
-    """The damage of each layer by tier, read from a scan made before, measured, or both; nothing is
-    scanned where the plan is stated. Says first what the whole run will do."""
+    """The damage of each layer by tier: read from an earlier scan, measured, or both; nothing is
+    scanned if the plan is given. First says what the whole run will do."""
     n = len(model.layers)
     count, longest = budget.calibration
     path, same, layers = earlier_scan(model, train, tiers, budget, args)
@@ -303,8 +302,8 @@ def scan_layers(
 def earlier_scan(
     model: Model, train: Tensor, tiers: dict, budget: Budget, args
 ) -> tuple[Path, dict, list[dict]]:
-    """The file of this run's scan, the identity that it has to have, and the layers in it. Raises
-    InputError for a --scan that does not fit or is not whole."""
+    """The file of this run's scan, the identity that it must have, and the layers in it. Raises
+    InputError for a --scan that does not fit or is incomplete."""
     n = len(model.layers)
     same = scan.identity_of(model, train.flatten()[: budget.context], tiers)
     same["served"] = budget.served  # tokens of the text that windows are weighed on
@@ -327,8 +326,8 @@ def earlier_scan(
 
 
 def make_plan(model: Model, layers: list[dict], tiers: dict, args) -> tuple[str, int]:
-    """The plan and the window of its L layers: as stated, or from the scan, by --keep and --drop or
-    the one budget that is given; shows why."""
+    """The plan and the window of its L layers: as given, or from the scan by --keep and --drop or
+    the one budget that is given. Shows why."""
     if args.plan:
         return args.plan, tiers["window"]
 

@@ -1,9 +1,9 @@
 """What the program runs on: the processes under torchrun, the device and dtype, memory and disk.
 
 Under torchrun each process holds the model and takes its share of the work (data parallelism),
-which needs three operations: who am I (`rank_and_world`), the sum of gradients
-(`sum_over_processes`), and the results of all (`gather`). Without torchrun there is one process,
-and they do nothing.
+which takes three operations: rank and world size (`rank_and_world`), the sum of gradients
+(`sum_over_processes`), and the results of all processes (`gather`). Without torchrun there is one
+process, and they do nothing.
 """
 
 import math
@@ -27,7 +27,7 @@ except ImportError:  # Windows
     fcntl = None
 
 
-held = []  # (folder, its handle, whether it is new) of each that this process works in
+held = []  # (folder, its handle, whether it is new) for each folder that this process holds
 
 
 class Diverged(RuntimeError):
@@ -38,13 +38,13 @@ class ProcessLost(RuntimeError):
     """Another process of torchrun's has ended."""
 
 
-# --- a folder to oneself -----------------------------------------------------------------------
+# --- exclusive use of a folder -----------------------------------------------------------------
 
 
 def hold_folder(path: Path) -> None:
-    """Makes a folder where there is none, and keeps other processes out of it until run_program
-    ends. The lock is the kernel's, on the folder itself: it goes when its process does, however
-    that ends, and leaves no file. Windows, and file systems without locks, do without it.
+    """Makes a folder if there is none, and keeps other processes out of it until run_program ends.
+    The lock is the kernel's, on the folder itself: it is released when its process ends, however
+    that happens, and leaves no file. Windows and file systems without locks do without it.
 
     Raises InputError where another process has it, OSError where it cannot be made."""
     is_new = not path.exists()
@@ -83,7 +83,7 @@ def is_main_process() -> bool:
 
 @contextmanager
 def other_processes():
-    """Around what needs all of them."""
+    """For operations that need all processes."""
     try:
         yield
     except RuntimeError as error:
@@ -93,7 +93,7 @@ def other_processes():
 
 
 def rank_and_world() -> tuple[int, int]:
-    """Which of how many processes this is: (0, 1) without torchrun."""
+    """Rank of this process, and how many there are: (0, 1) without torchrun."""
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -165,7 +165,7 @@ def pick_dtype(device: str) -> str:
 
 
 def available_memory(device: str) -> float:
-    """Bytes that a program can still get; infinity where the system does not tell."""
+    """Bytes that a program can still get; infinity if the system does not report it."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -210,7 +210,7 @@ def require_disk(needed: float, folder: Path) -> None:
 
 
 def environment(device: str) -> dict[str, str | int]:
-    """What a run's figures depend on beside flags, model and text: versions, processor, code."""
+    """What a run's figures depend on besides flags, model and text: versions, processor, code."""
     folder = Path(__file__).resolve().parent
     commit = ""
     if (folder / ".git").exists():

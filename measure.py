@@ -1,4 +1,4 @@
-"""Quality: what a conversion cost. Each measure is written once and has three callers: the scan's
+"""Quality: what a conversion costs. Each measure is written once and has three callers: the scan's
 probes, healing's validation and the report.
 
 On text, from the next-token distributions p of the base and q of the model at each position:
@@ -8,8 +8,8 @@ On text, from the next-token distributions p of the base and q of the model at e
     perplexity = exp(mean of -log q(next token))          how well it predicts the text itself
 
 Perplexity alone hides what a window loses, since most words follow from the last few. Passkey
-recall shows it: a number is hidden in long text and must be repeated at its end, by context length
-and depth (arXiv 2305.16300, section 4.3).
+recall shows it: a number is hidden in long text, at several depths, and must be repeated at the end
+(arXiv 2305.16300, section 4.3).
 
 On question files, one JSON object a line, in one of three formats:
 
@@ -20,8 +20,8 @@ On question files, one JSON object a line, in one of three formats:
     context, continuation                  LAMBADA: greedy decoding gives exactly the continuation
 
 Logits are large: those of 4,096 positions over 128k tokens take 2 GB in float32. So all measures
-start from hidden states after the final norm, and make the logits of a slice of positions, or of an
-answer's positions, alone.
+start from hidden states after the final norm, and compute logits for a slice of positions, or for
+an answer's positions, at a time.
 """
 
 import codecs
@@ -49,7 +49,7 @@ from tokenizer import Tokenizer
 TEXT_BATCH = 4  # sequences that are read together
 RECALL_LENGTHS = (256, 512, 1024, 2048, 4096)
 WRITTEN = 128  # tokens of a continuation
-LEAST_WRITTEN = 8  # continuations that tell anything
+LEAST_WRITTEN = 8  # continuations; fewer say little
 RECALL_DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 PASSKEY_HEAD = (
@@ -106,7 +106,7 @@ def sliced_logits(hidden: Tensor, base_hidden: Tensor, head: Tensor, base_head: 
 
 @torch.inference_mode()
 def hidden_states(model: Model, batches: list[Tensor]) -> list[Tensor]:
-    """What the original makes of batches of ids [B, T]: [B, T, d] each, after the final norm."""
+    """The original's hidden states [B, T, d] after the final norm, for batches of ids [B, T]."""
     return [model.hidden(ids) for ids in progress(batches, desc="original")]
 
 
@@ -169,7 +169,7 @@ def text_figures(sums: Tensor, sizes: Tensor, tokens: int) -> dict:
 
 @dataclass
 class Scored:
-    """What a model makes of one answer."""
+    """How likely a model finds one answer."""
 
     log_likelihood: float  # of all its tokens together, in nats
     greedy: bool  # whether greedy decoding gives exactly it
@@ -226,7 +226,7 @@ def passkey_prompts(
     each hidden in another part of `text` (ids of any shape)."""
     draw = random.Random(f"{seed} {length}")
     encode = functools.partial(tokenizer.encode, special=False)
-    text = text.flatten().repeat(1 + length // text.numel())  # a short text is told again
+    text = text.flatten().repeat(1 + length // text.numel())  # repeats a short text
     head = tokenizer.prefix + encode(PASSKEY_HEAD)
     question = encode(PASSKEY_QUESTION)
 
@@ -263,8 +263,8 @@ def passkey_recall(
 
 @torch.inference_mode()
 def write_on(model: Model, prompts: Tensor) -> dict[str, Tensor]:
-    """How a model goes on after prompts [N, T] of ids, [N, WRITTEN] each: `drawn` with one seed at
-    temperature 1, and `greedy`. A row is filled with its end-of-text token after it."""
+    """How a model continues prompts [N, T] of ids, [N, WRITTEN] each: `drawn` with one seed at
+    temperature 1, and `greedy`. A row that ends is filled with its end-of-text token."""
     prompts = prompts.to(model.device)
     texts = {}
     for name, temperature in (("drawn", 1.0), ("greedy", 0.0)):
@@ -277,11 +277,11 @@ def write_on(model: Model, prompts: Tensor) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def writing_quality(base: Model, prompts: Tensor, ours: dict, theirs: dict) -> dict:
-    """What is wrong with a model's writing that likelihoods of given text hide (arXiv 2603.26556),
+    """The faults of a model's writing, which likelihoods of given text hide (arXiv 2603.26556),
     from what `write_on` gives for it and for the base.
 
     nats: the base's mean negative log-likelihood of the drawn text, a token
-    repeated: the share of the drawn text's 4-grams that stood in it before
+    repeated: the share of the drawn text's 4-grams that occurred in it before
     as_base: greedy tokens until the first that the base would not have written
     `errors` has the standard error of each, from how the continuations differ."""
     drawn = ours["drawn"]
@@ -311,7 +311,7 @@ def writing_quality(base: Model, prompts: Tensor, ours: dict, theirs: dict) -> d
 
 
 def repeated_grams(ids: list[int], size: int = 4) -> float:
-    """The share of the runs of `size` ids that stood before."""
+    """The share of the runs of `size` ids that occurred before."""
     grams = list(zip(*(ids[i:] for i in range(size))))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
@@ -320,7 +320,7 @@ def repeated_grams(ids: list[int], size: int = 4) -> float:
 
 
 def read_tasks(paths: list[str]) -> dict[str, list[dict]]:
-    """{name: items} of question files. Raises InputError for two of one name."""
+    """{name: items} of question files. Raises InputError for two files of the same name."""
     tasks = {Path(path).stem: read_task(path) for path in paths}
     require(
         len(tasks) == len(paths),
@@ -365,7 +365,7 @@ def task_format(item) -> str | None:
 
 
 def are_texts(*values) -> bool:
-    """Lone surrogates, as of an emoji cut in half, are no characters."""
+    """Whether all are text. Lone surrogates, as of an emoji cut in half, are not."""
     return all(
         isinstance(value, str) and value.strip() and not re.search("[\ud800-\udfff]", value)
         for value in values
@@ -373,9 +373,9 @@ def are_texts(*values) -> bool:
 
 
 def task_prompts(items: list[dict], tokenizer: Tokenizer, reach: int) -> list[list[Prompt]]:
-    """The prompts of each item, one for each choice, for a model of `reach` positions. Of longer
-    ones the beginning is left out, as lm-evaluation-harness does, and a line says so. Raises
-    InputError for an answer that alone is too long, or has no tokens in this vocabulary."""
+    """The prompts of each item, one for each choice, for a model of `reach` positions. Longer
+    ones are cut on the left, as in lm-evaluation-harness, and a line says so. Raises InputError for
+    an answer that alone is too long, or has no tokens in this vocabulary."""
     groups = [[encode_pair(*pair, tokenizer) for pair in task_pairs(item)] for item in items]
     cut = 0
     for prompts in groups:

@@ -44,7 +44,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer; `self_attn` is None where nothing stands for an attention that was removed."""
+    """One layer; `self_attn` is None if attention was removed without a replacement."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -63,21 +63,15 @@ class Block(nn.Module):
 
 @functools.cache
 def compiled_forward(any_size: bool):
-    """Block.forward compiled for the layers of all models: a program for each tier and, where it is
-    not for any size, shape, which makes faster code."""
+    """Block.forward compiled for the layers of all models: one program for each tier and, unless it
+    is for any size, each shape; fixed shapes run faster."""
     return torch.compile(Block.forward, dynamic=any_size)
 
 
-def compiled_block(*arguments) -> Tensor:
+def compiled_block(*arguments, any_size: bool = False) -> Tensor:
     # Teacher and student, two lengths, three tiers: more programs than the usual limit of 8.
     with torch._dynamo.config.patch(recompile_limit=64):
-        return compiled_forward(any_size=False)(*arguments)
-
-
-def compiled_cached_block(*arguments) -> Tensor:
-    """With a cache, the number of sequences and tokens changes all the time."""
-    with torch._dynamo.config.patch(recompile_limit=64):
-        return compiled_forward(any_size=True)(*arguments)
+        return compiled_forward(any_size)(*arguments)
 
 
 @dataclass
@@ -128,7 +122,7 @@ class Model(nn.Module):
         self.recompute = False
 
         size = config.hidden_size
-        # nn.Embedding(...) would draw numbers and, on "meta", import torch's compiler: 2 s.
+        # nn.Embedding(...) would initialise it and, on "meta", import torch's compiler: 2 s.
         embedding = torch.empty(config.vocab_size, size)
         self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
@@ -166,8 +160,8 @@ class Model(nn.Module):
         return self.embed_tokens.weight.device
 
     def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """ids [B, T] int64 -> logits [B, T, V]. With a cache the T tokens go on from what it holds,
-        and it is filled in place. Raises ValueError where it has no room for them."""
+        """ids [B, T] int64 -> logits [B, T, V]. With a cache the T tokens continue what it holds,
+        and it is filled in place. Raises ValueError if it has no room for them."""
         return self.logits(self.hidden(ids, cache))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -255,9 +249,9 @@ class Model(nn.Module):
         """Yields the next token of every row, [B] int64, up to `max_new_tokens` times.
 
         temperature 0 is greedy; otherwise tokens are drawn from the `top_k` likeliest, or the
-        smallest set that holds `top_p` of the probability (arXiv 1904.09751). `cache` holds what
-        stands before `ids`, and in the end all but the last token. Raises TypeError for what is no
-        ids, as text that was not encoded, and ValueError for a prompt without tokens."""
+        smallest set that holds `top_p` of the probability (arXiv 1904.09751). `cache` holds the
+        tokens before `ids`, and afterwards all but the last one. Raises TypeError for anything but
+        ids, such as text that was not encoded, and ValueError for a prompt without tokens."""
         ids = token_rows(ids, self.device)
         if ids.shape[1] < 1:
             raise ValueError("generate: the prompt has no tokens; give it one at least")
@@ -321,8 +315,8 @@ def sample(logits: Tensor, temperature: float, top_k=None, top_p=None, generator
 
 def rotary_frequencies(config: Config) -> Tensor:
     """theta^(-2j / D) for each pair j, [D / 2]. `linear` divides all by the factor; `llama3` and
-    `yarn` only those that turn seldom in the original context, with a ramp between: along the
-    number of turns (Llama 3.1's rule), or along j (arXiv 2309.00071, section 3.2)."""
+    `yarn` only the low ones, which make few turns in the original context, with a ramp between:
+    along the number of turns (Llama 3.1's rule), or along j (arXiv 2309.00071, section 3.2)."""
     rope, D = config.rope, config.head_dim
     j = torch.arange(0, D, 2, dtype=torch.float32, device="cpu")
     frequency = rope["rope_theta"] ** (-j / D)
@@ -350,7 +344,7 @@ def rotary_frequencies(config: Config) -> Tensor:
 
 
 def rotary_scale(rope: dict) -> float:
-    """What YaRN multiplies cos and sin by, so that softmax stays as sharp among more tokens
+    """The factor that YaRN multiplies cos and sin by, to keep softmax as sharp among more tokens
     (arXiv 2309.00071, equation 22); mscale and mscale_all_dim as in transformers."""
     if rope["rope_type"] != "yarn":
         return 1.0
@@ -364,7 +358,7 @@ def rotary_scale(rope: dict) -> float:
 
 
 def cache_bytes(model: Model, tokens: int) -> int:
-    """What one sequence of this many tokens keeps in the cache."""
+    """Bytes that the cache of one sequence of this many tokens takes."""
     return model.new_cache(1, tokens, "meta").bytes
 
 

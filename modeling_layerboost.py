@@ -8,7 +8,7 @@ layers what the plan in config.json names: S layers keep transformers' attention
 flash), L layers get `WindowLinearAttention`, X layers a linear map or nothing.
 
 A batch may be padded on either side. Positions, the window, the sinks and the tail of an L layer
-count the tokens that `attention_mask` calls real, and those alone.
+count only the tokens that `attention_mask` marks as real.
 
 Each layer has a cache of its own kind: S keeps keys and values as transformers does, L the sinks,
 the window and two sums, X nothing. Beam search works on them. Assisted generation does not, since
@@ -38,7 +38,7 @@ from .kernels import Past, apply_rotary, feature_map, feature_size, window_linea
 
 
 class LayerCache(CacheLayerMixin):
-    """What an L layer keeps of each sequence, by name, or an X layer, which only counts tokens."""
+    """The tensors that an L layer keeps, by name, or an X layer, which only counts tokens."""
 
     is_sliding = None  # neither kind of softmax attention: masks are made for the S layers' caches
 
@@ -235,7 +235,7 @@ class WindowLinearAttention(nn.Module):
 
 
 def across_heads(index: Tensor, x: Tensor) -> Tensor:
-    """index [B, n] of tokens -> [B, heads, n, D], as gather on x [B, heads, T, D] wants it."""
+    """index [B, n] of tokens -> [B, heads, n, D], for gather on x [B, heads, T, D]."""
     return index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
 
 
@@ -282,7 +282,7 @@ class LayerBoost:
 
 
 def prepare(model: nn.Module, args: tuple, inputs: dict) -> tuple[tuple, dict]:
-    """Before the layers run: what they need to know beside what transformers tells them."""
+    """Before the layers run: passes them what transformers does not."""
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if mask is not None:
         if mask.ndim != 2:

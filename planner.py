@@ -157,7 +157,8 @@ def price_plans(
 
 
 def frontier(choices: list[Choice], by: str = "speedup") -> list[Choice]:
-    """Those that no other beats in damage and in `by`, "speedup" or "cache"; least damage first."""
+    """The choices that no other beats in both damage and `by`, "speedup" or "cache"; least damage
+    first."""
     kept: list[Choice] = []
     for choice in sorted(choices, key=lambda choice: (choice.damage, -choice.gain[by])):
         if not kept or choice.gain[by] > kept[-1].gain[by]:
@@ -166,9 +167,9 @@ def frontier(choices: list[Choice], by: str = "speedup") -> list[Choice]:
 
 
 def choose(choices: list[Choice], budget: str, limit: float) -> Choice:
-    """The plan of the least damage that is `limit` times as fast (budget "speedup") or keeps at
-    most that share of the cache ("cache"), or the fastest of at most that "damage". Raises
-    InputError where none is."""
+    """The plan of least damage that is `limit` times as fast (budget "speedup") or keeps at most
+    that share of the cache ("cache"), or the fastest plan of at most that "damage". Raises
+    InputError if there is none."""
     if budget == "damage":
         return [choice for choice in frontier(choices) if choice.damage <= limit][-1]
 
@@ -221,7 +222,7 @@ def chart(layers: list[dict], measures: list[str], plan: str, window: int | None
 
 
 def damage_error(columns: dict[str, float], heard: bool, window: int | None = None) -> float:
-    """The standard error of a damage, as far as the scan tells: of recall, where it counts
+    """The standard error of a damage, as far as the scan can tell: that of recall, if it counts
     (`heard`), from how the context lengths differ, each a draw of prompts."""
     error = window_factor(columns, "kl", window) * columns.get("kl, error", 0.0)
     if heard:
@@ -232,7 +233,7 @@ def damage_error(columns: dict[str, float], heard: bool, window: int | None = No
 
 
 def frontier_chart(choices: list[Choice], plan: str, window: int, title: str) -> str:
-    """A line for the plan of least damage at each of SPEEDUPS, and one for the plan chosen."""
+    """A line for the plan of least damage at each of SPEEDUPS, and one for the chosen plan."""
     front = frontier(choices)
     shown = [next((c for c in front if c.speedup >= least), None) for least in SPEEDUPS]
     shown += [choice for choice in choices if (choice.plan, choice.window) == (plan, window)]
@@ -252,7 +253,7 @@ def frontier_chart(choices: list[Choice], plan: str, window: int, title: str) ->
 def describe_plan(
     model: Model, plan: str, tiers: dict, layers: list[dict], measures: list[str]
 ) -> list[str]:
-    """What a plan is predicted to cost before healing, where there is a scan, and what it saves."""
+    """The predicted cost of a plan before healing, if there is a scan, and what it saves."""
     lines = []
     if layers:
         damages = damages_of(layers, tiers["window"])

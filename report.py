@@ -20,14 +20,23 @@ import torch
 from torch import Tensor
 
 import measure
-from bench import decode_times, format_table
+from bench import decode_times
 from distill import Healing, healed_tokens
 from engine import Engine
 from hub import InputError, fingerprint, hash_files, read_json, require, write_json, write_text
 from machine import environment, pick_device, pick_dtype
 from model import Model, cache_bytes, load_model
 from scan import TRIALS, count_trials, read_scan
-from terminal import MACHINE_FLAGS, Parser, add_flags, at_least, run_program, say, visible
+from terminal import (
+    MACHINE_FLAGS,
+    Parser,
+    add_flags,
+    at_least,
+    format_table,
+    run_program,
+    say,
+    visible,
+)
 from text import C4, CONTEXT, ENCODING, TEXT_KINDS, pack_sequences, read_documents
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -113,7 +122,7 @@ def once(path: Path | None, name: str, identity: dict, function, *arguments) -> 
 
 
 def table(report: dict[str, dict]) -> str:
-    """What `evaluate` gives, a row for each figure and a column for each model."""
+    """The figures of `evaluate` as a table: a row for each figure, a column for each model."""
     columns = []
     for figures in report.values():
         rows = measures(figures).items()
@@ -144,7 +153,7 @@ def measures(figures: dict) -> dict[str, tuple[int, float, float, str]]:
         rows[label] = sign, figures[name], figures["errors"][name], form
     for label, name, form, sign in (
         ("nats/token of its writing, by the base", "nats", ".3f", -1),
-        ("4-grams in it that stood before", "repeated", ".1%", -1),
+        ("4-grams in it that occurred before", "repeated", ".1%", -1),
         (f"greedy tokens as the base's, of {measure.WRITTEN}", "as_base", ".0f", 1),
     ):
         if "writing" in figures:
@@ -207,11 +216,11 @@ def write_report(
 
 
 def report_text(report: dict, curve: dict, settings: Healing, seconds: float, args) -> str:
-    """The report in Markdown: plan, table, what its rows are, healing's validations."""
+    """The report in Markdown: plan, table, explanation of its rows, healing's validations."""
     healed, converted = report["healed"], report["converted"]
     plan = healed["plan"]
     instead = "a linear map instead" if args.removed == "linear" else "no attention"
-    validation = ", ".join(f"{kl:.3f} at {tokens:,}" for tokens, kl in curve["valid"])
+    validation = ", ".join(f"{kl:.4f} at {tokens:,}" for tokens, kl in curve["valid"])
     sequences, context = healed["text"]
     watched = curve["sequences"] * context
     where = args.valid or f"what is held out of {args.data}"
@@ -266,7 +275,7 @@ def recorded_flags(path: str, parser: argparse.ArgumentParser) -> list[str]:
 
 
 def kept(out: str) -> str:
-    """What a run that was stopped has left in its folder: the same command goes on from there."""
+    """What a stopped run has left in its folder; the same command continues from there."""
 
     def scanned(path: Path) -> str:
         made = read_scan(path)
@@ -344,7 +353,7 @@ def weaknesses(report: dict) -> list[str]:
 
 
 def continuation(model: Model, tokenizer: Tokenizer, valid: Tensor) -> str:
-    """Some words of the validation text as a model goes on with them, on one line; drawn with one
+    """Some words of the validation text as a model continues them, on one line; drawn with the same
     seed for all models."""
     ids = valid[len(valid) // 2, None, :16].to(model.device)
     start = tokenizer.decode(ids[0].tolist())

@@ -100,7 +100,7 @@ def plan_costs(
 
 
 def prefill_operations(model: Model, tokens: int) -> float:
-    """For each token those of a step at half the context, but the head for the last token only."""
+    """For each token those of a step at half the context, with the head for the last token only."""
     costs = step_costs(model, 1, tokens // 2)
     _, head = costs.pop("head")
     return tokens * sum(operations for _, operations in costs.values()) + head

@@ -1,4 +1,4 @@
-"""The scan: how much each layer suffers when its attention is changed.
+"""The scan: the damage done by changing the attention of each layer.
 
 For each layer alone, X (attention removed, a linear map or nothing in its place) and L
 (sliding-window linear attention) are tried, and the damage against the untouched model is measured
@@ -12,7 +12,7 @@ The hidden state that enters layer i does not depend on what happens in layer i.
 residual streams are carried from layer to layer, and a trial starts at its own layer: half the work
 of running every altered model whole.
 
-L is tried with one window. What another one would do, at the context that the model is to serve,
+L is tried with one window. The damage of another one, at the context that the model is to serve,
 needs no trial: it follows from the error of the layer's attention (`window_factors`).
 """
 
@@ -47,23 +47,23 @@ from tokenizer import Tokenizer
 TASK_ITEMS = 100  # of the first question file, of the task measure
 MEASURES = ("kl", "recall", "task")
 TRIALS = "XL"  # the tiers that every layer is tried in
-ROUNDING = "kl, in the window"  # the column of what rounding does: there L sees all that S does
+ROUNDING = "kl, in the window"  # there L sees all that S sees, so the KL is that of rounding
 WINDOWS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # of plans, times the head size
-QUERIES = 128  # that tell a window's error
+QUERIES = 128  # on which the error of a window is measured
 
 
 # --- measures of damage ------------------------------------------------------------------------
 
 
 class Probe(NamedTuple):
-    """One measure: what is read, and what to make of an altered model's hidden states on it."""
+    """One measure: the text to read, and the damage from an altered model's hidden states on it."""
 
     batches: list[Tensor]  # of ids [B, T]
     damage: Callable[[list[Tensor]], dict[str, float]]  # {column: damage}, 0 for none
 
 
 def kl_probe(model: Model, sequences: Tensor, local: int) -> Probe:
-    """Columns besides `kl`: either half of the text, early and late positions, and those before
+    """Columns besides `kl`: each half of the text, early and late positions, and those before
     `local`, where L sees every token. Every fourth position is judged, since the head costs as much
     as a third of the layers."""
     every = 4
@@ -94,8 +94,8 @@ def kl_probe(model: Model, sequences: Tensor, local: int) -> Probe:
 
 def stratified_error(values: Tensor) -> float:
     """The standard error of the mean of values [N, T], from how the N sequences differ in each
-    quarter of their positions: damage grows with position, which is no error. 0 for one sequence,
-    which tells nothing about it."""
+    quarter of their positions: that damage grows with position is no error. 0 for one sequence,
+    which cannot show it."""
     quarters = values.unflatten(1, (4, -1)).mean(2)  # (N, 4)
     variance = quarters.var(0).mean() if len(values) > 1 else torch.zeros(())
     return float(variance / quarters.numel()) ** 0.5

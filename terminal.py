@@ -17,7 +17,7 @@ from tqdm import tqdm
 from hub import InputError
 from machine import Diverged, ProcessLost, is_main_process, release_folders
 
-BEAT_SECONDS = 2  # between two moves of a bar's clock
+BEAT_SECONDS = 2  # between two updates of a bar's clock
 LINE_SECONDS = 30  # between two lines where stderr is no terminal
 
 # --- lines and bars ----------------------------------------------------------------------------
@@ -42,10 +42,21 @@ def clock(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def format_table(rows: list[list[str]]) -> str:
+    """Aligned for a terminal, and Markdown at the same time. The first row is the head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = []
+    for first, *rest in [rows[0], rule, *rows[1:]]:
+        cells = [text.rjust(width) for text, width in zip(rest, widths[1:], strict=True)]
+        lines.append("| " + " | ".join([first.ljust(widths[0]), *cells]) + " |")
+    return "\n".join(lines)
+
+
 def progress(*iterable, **options) -> tqdm:
-    """A tqdm bar on the main process alone, lines where stderr is no terminal. Its clock moves
-    within a long step, too. The time left is by the average rate since the start, which counts
-    pauses in, such as validation."""
+    """A tqdm bar on the main process alone, lines if stderr is no terminal. The clock keeps ticking
+    during long steps. The time left follows from the average rate since the start, which includes
+    pauses such as validation."""
     kind = tqdm if sys.stderr.isatty() else Lines
     bar = kind(*iterable, disable=not is_main_process(), leave=False, smoothing=0, **options)
     if not bar.disable:
@@ -54,7 +65,7 @@ def progress(*iterable, **options) -> tqdm:
 
 
 class Lines(tqdm):
-    """What stands for bars in a file or a pipe: one line every LINE_SECONDS, of whichever moves."""
+    """Replaces bars in a file or a pipe: one line every LINE_SECONDS, of whichever bar moves."""
 
     last = time.monotonic()
 
@@ -80,7 +91,7 @@ def keep_moving(bar: tqdm) -> None:
 def run_program(name: str, run, kept=lambda: "") -> int:
     """Calls run(). Returns its exit code: 0 done, 1 diverged or without one of its processes, 2 bad
     input, 130 stopped by Ctrl-C, 141 when whoever reads the output has left. But for 0 and 141, one
-    line on stderr says why, and of a run that could have gone on, kept() what is left of it.
+    line on stderr says why and, if the run could have gone on, what kept() says is left of it.
     Characters that the terminal's encoding lacks are shown as question marks."""
     code, message = 0, ""
     speaks = is_main_process()
@@ -118,7 +129,7 @@ def run_program(name: str, run, kept=lambda: "") -> int:
 
 
 def mend_streams() -> None:
-    """Those that were closed lead nowhere, and none fails for a character that it cannot show."""
+    """Redirects closed streams to /dev/null, and lets none fail for a character it cannot show."""
     sys.stdin = sys.stdin or open(os.devnull)
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
@@ -128,7 +139,7 @@ def mend_streams() -> None:
 
 
 def drop_broken_streams() -> None:
-    """What is flushed at exit goes nowhere, or would fail again."""
+    """Sends what is flushed at exit nowhere: it would fail again."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -145,7 +156,7 @@ def last_words(kept) -> str:
 
 @contextmanager
 def interrupts(handler):
-    """What Ctrl-C does meanwhile."""
+    """Sets what Ctrl-C does meanwhile."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -157,7 +168,7 @@ def interrupts(handler):
 
 
 class Interrupt:
-    """Turns the first Ctrl-C into a request to stop after this step; a second one stops at once."""
+    """Turns the first Ctrl-C into a request to stop after this step; a second stops immediately."""
 
     asked = False
 
@@ -178,7 +189,7 @@ class Interrupt:
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are one line, as all others."""
+    """Prints errors as one line, like all others."""
 
     def error(self, message: str):
         self.exit(2, f"{self.prog.removesuffix('.py')}: {message}\n")

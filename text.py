@@ -1,5 +1,5 @@
-"""Text files to sequences of ids: the documents in a file, packed end to end; some of them held out
-to evaluate on, some to fit linear maps on.
+"""Text files to sequences of ids: the documents of a file, packed end to end. Some are held out for
+evaluation, some used to fit linear maps.
 """
 
 import codecs
@@ -24,9 +24,9 @@ from machine import is_main_process
 from terminal import progress
 from tokenizer import Tokenizer
 
-C4 = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"  # the text to heal on when none is named
-TEXT_TOKENS = 10_000_000  # read to heal on, whatever the budget: a run can go on to a larger one
-CONTEXT = 2048  # tokens of a sequence to evaluate on: what a window misses shows beyond it
+C4 = "hub:allenai/c4/en/c4-train.00000-of-01024.json.gz"  # the default text to heal on
+TEXT_TOKENS = 10_000_000  # read whatever the budget: a run can be extended to a larger one
+CONTEXT = 2048  # tokens of a sequence to evaluate on: long enough to show what a window misses
 TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json.gz")
 DOCUMENT = 20_000  # characters of a .txt file's documents at most, some 4,000 tokens
 TEXT_KINDS = (
@@ -40,10 +40,10 @@ ENCODING = (str, "utf-8", "of the text, as cp1252 or utf-16")
 
 
 def read_documents(source: str, flag: str = "--data", encoding: str = "utf-8"):
-    """Yields the texts of `source`: the paragraphs of a .txt file as `read_paragraphs` joins them,
-    the `text` fields of a .jsonl, .jsonl.gz or .json.gz file, those of a folder of such files in
-    the order of their names, but for hidden ones, or of `hub:OWNER/DATASET/FILE`. Raises
-    InputError naming the file, and the line or byte."""
+    """Yields the texts of `source`: the paragraphs of a .txt file as `read_paragraphs` joins them;
+    the `text` fields of a .jsonl, .jsonl.gz or .json.gz file; those of a folder of such files, by
+    name, without hidden ones; or of `hub:OWNER/DATASET/FILE`. Raises InputError naming the file,
+    and the line or byte."""
     kinds = ", ".join(TEXT_SUFFIXES)
     path = Path(source)
     if source.startswith("hub:"):
@@ -92,7 +92,7 @@ def open_text(file: Path, where: str, encoding: str):
 
 
 def wrong_encoding(content: bytes, encoding: str) -> str:
-    """Where the bytes stop being `encoding`, and what they probably are."""
+    """Where the bytes stop being valid in `encoding`, and what they probably are."""
     start = 0
     try:
         content.decode(encoding)
@@ -111,8 +111,8 @@ def wrong_encoding(content: bytes, encoding: str) -> str:
 
 
 def read_paragraphs(lines, where: str):
-    """The documents of plain text: its paragraphs, which blank lines part, joined while a document
-    has at most DOCUMENT characters. A longer paragraph is cut at white space."""
+    """The documents of plain text: its paragraphs, separated by blank lines, joined up to DOCUMENT
+    characters. A longer paragraph is cut at white space."""
     document = ""
     for blank, group in itertools.groupby(lines, lambda line: not line.strip("\ufeff \t\n")):
         if blank:

@@ -5,11 +5,11 @@ of the SentencePiece kind (Llama 2, TinyLlama, Mistral).
     added tokens are cut out         <s> | "Say hello"
     the rest is normalised           "▁Say▁hello", or in a Unicode normal form
     patterns split it into words     "▁Say" | "▁hello"
-    a word is spelled                ▁ S a y: in bytes; or in characters, what they lack in bytes
+    a word is spelled                ▁ S a y: in bytes; or in characters, falling back to bytes
     neighbours merge                 ▁ S ay, then ▁Say: the pair that was learned first
 
-Words come again and again, so the ids of short ones are kept. A part of a file that is not known
-stops with a line that says what is supported: wrong ids would go unseen.
+The ids of short words are cached. An unknown component of a file raises an error that says what is
+supported: wrong ids would go unnoticed.
 """
 
 import functools
@@ -38,7 +38,7 @@ class Tokenizer:
     """Gives the ids that Hugging Face's tokenizer gives for the same tokenizer.json.
 
     prefix, suffix: the ids that its post-processor puts before and after a text (BOS, EOS)
-    added: {text: id} of the added tokens, which become their id wherever they stand in a text
+    added: {text: id} of the added tokens, which become their id wherever they appear in a text
 
     Raises InputError where the file is damaged or of a kind that is not supported.
     """

@@ -1,4 +1,4 @@
-"""The weights of a model, in from safetensors files and out to a folder in the Hub's layout.
+"""The weights of a model: loading from safetensors, saving to a folder in the Hub's layout.
 
 Conversion adds to a folder: the plan and the tier settings in config.json under "layerboost", and
 the tail parameters of the L layers in model.safetensors; the attention of X layers is not stored.

@@ -30,7 +30,7 @@ from torch import Tensor
 import measure
 import planner
 import scan
-from bench import decode_times, format_table
+from bench import decode_times
 from config import default_window
 from distill import Healing, heal
 from engine import Engine
@@ -38,7 +38,7 @@ from fit import fit_maps
 from hub import fingerprint, read_json, write_json
 from model import Model, cache_bytes, convert, load_model
 from roofline import HARDWARE
-from terminal import token_count
+from terminal import format_table, token_count
 from text import pack_sequences, read_documents
 from tokenizer import load_tokenizer
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from bench import format_table
+from terminal import format_table
 
 H, G, D, FEATURES, SINKS = 9, 3, 64, 32, 4
 CASES = ((512, 256), (1024, 512), (2048, 768), (2048, 1024), (4096, 256))  # tokens, window

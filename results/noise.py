@@ -16,8 +16,8 @@ import torch
 
 import planner
 import scan
-from bench import format_table
 from measure import mean, standard_error
+from terminal import format_table
 
 RESULTS = Path(__file__).resolve().parent
 SCANS = [RESULTS / name / "scan.json" for name in ("smollm2-maps", "smollm2-default")]

@@ -23,9 +23,9 @@ from torch import Tensor
 
 import cpu
 import kernels
-from bench import format_table
 from measure import RECALL_DEPTHS, compare_by_position, passkey_recall
 from model import Model, load_model
+from terminal import format_table
 from text import pack_sequences, read_documents
 from tokenizer import load_tokenizer
 
