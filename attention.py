@@ -22,7 +22,15 @@ from torch import Tensor, nn
 import cpu
 import gpu
 import kernels
-from kernels import Past, apply_rotary, favor_projection, feature_map, feature_size, rms_norm
+from kernels import (
+    Past,
+    apply_rotary,
+    favor_projection,
+    feature_map,
+    feature_size,
+    leaving_window,
+    rms_norm,
+)
 
 
 def twin(name: str, x: Tensor):
@@ -142,9 +150,8 @@ class SoftmaxAttention(nn.Module):
             return self.attend(query, key, value)
 
         slot = positions[:, None] + torch.arange(tokens, device=query.device)  # (B, T)
-        slot = slot[:, None, :, None].expand_as(key)
-        cache.key.scatter_(2, slot, key)
-        cache.value.scatter_(2, slot, value)
+        put(cache.key, slot, key)
+        put(cache.value, slot, value)
         attend = twin("softmax_attention", key)
         return attend(query, cache.key, cache.value, positions, self.sliding_window)
 
@@ -245,8 +252,10 @@ class WindowLinearAttention(SoftmaxAttention):
         return phi_query * fade[:, None, :, None]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        B, G, _, D = key.shape
-        window = min(self.config.window, key.shape[2])  # a wider one would see no more
+        B, G, tokens, D = key.shape
+        if tokens <= self.config.window:  # nothing leaves it
+            return twin("softmax_attention", key)(query, key, value)
+
         sinks = self.config.sinks
         features = feature_size(self.config.feature_map, D)
         past = Past(
@@ -256,25 +265,23 @@ class WindowLinearAttention(SoftmaxAttention):
             state=torch.zeros(B, G, features, D, device=key.device),
             norm=torch.zeros(B, G, features, device=key.device),
         )
-        key = F.pad(key, (0, 0, window, 0))
-        value = F.pad(value, (0, 0, window, 0))
         return self.continue_from(past, query, key, value)[0]
 
     def continue_from(
         self, past: Past, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention over `past`, the window before the first query and the queries' own tokens
-        (key, value [B, G, window + T, D]). Returns its output [B, H, T, D], and phi [B, G, T, F] of
-        the token that leaves the window as each query arrives."""
-        tokens = query.shape[2]
-        window = key.shape[2] - tokens
-        run = twin("window_linear_attention", key)
-        if not self.has_tail:
+        """Attention over `past`, up to `window` tokens before the first query and the queries' own
+        (key, value [B, G, before + T, D]). Returns its output [B, H, T, D], and phi [B, G, T, F] of
+        the token that leaves the window as each query arrives; None if none does."""
+        tokens, window = query.shape[2], self.config.window
+        run = kernels.window_linear_attention
+        if not self.has_tail or key.shape[2] <= window:  # nothing leaves the window
             return run(query, key, value, None, None, None, past, window), None
 
         position = past.start[:, None] + torch.arange(tokens, device=query.device)  # (B, T)
         joins = position - window >= self.config.sinks
-        phi_key = feature_map(key[:, :, :tokens], self.config.feature_map, self.key_map)
+        leaving = leaving_window(key, tokens, window)
+        phi_key = feature_map(leaving, self.config.feature_map, self.key_map)
         phi_key = phi_key * joins[:, None, :, None]
         phi_query = self.query_features(query, position)
         out = run(query, key, value, phi_query, phi_key, self.tail_logit, past, window)
@@ -307,46 +314,57 @@ class WindowLinearAttention(SoftmaxAttention):
         """Runs the parallel form from the cache's state, then updates the cache to the last real
         token."""
         window, sinks, tokens = cache.window, cache.sinks, query.shape[2]
-        ring = torch.arange(window, device=key.device)
+        before = window  # tokens before the first query that are read
+        if positions.device.type == "cpu":  # from a GPU, reading a number would wait for it
+            before = min(window, int(positions.max()))
 
-        # The window before the first query, oldest token first, then the new tokens.
-        before = across_heads(cache.slot(positions[:, None] - window + ring), key)  # (B, G, w, D)
-        keys = torch.cat((cache.key.gather(2, before), key), dim=2)  # (B, G, w + T, D)
-        values = torch.cat((cache.value.gather(2, before), value), dim=2)
+        # Those, oldest first, then the new tokens.
+        position = positions[:, None] - before + torch.arange(before, device=key.device)
+        slot = cache.slot(position)  # (B, before)
+        keys = torch.cat((take(cache.key, slot), key), dim=2)  # (B, G, before + T, D)
+        values = torch.cat((take(cache.value, slot), value), dim=2)
 
         # Sinks among the new tokens.
         offset = torch.arange(sinks, device=key.device) - positions[:, None]  # (B, s)
         end = tokens if new is None else new[:, None]  # of each sequence's tokens, before padding
         is_new = ((offset >= 0) & (offset < end))[:, None, :, None]
-        offset = across_heads(offset.clamp(0, tokens - 1), key)
+        offset = offset.clamp(0, tokens - 1)
         sink_key = cache.key[:, :, :sinks]
         sink_value = cache.value[:, :, :sinks]
-        sink_key.copy_(torch.where(is_new, key.gather(2, offset), sink_key))
-        sink_value.copy_(torch.where(is_new, value.gather(2, offset), sink_value))
+        sink_key.copy_(torch.where(is_new, take(key, offset), sink_key))
+        sink_value.copy_(torch.where(is_new, take(value, offset), sink_value))
 
         past = Past(positions, sink_key, sink_value, cache.state, cache.norm)
         out, phi_key = self.continue_from(past, query, keys, values)
-        if self.has_tail:
+        if phi_key is not None:
             if new is not None:
                 real = torch.arange(tokens, device=key.device) < end
                 phi_key = phi_key * real[:, None, :, None]
-            cache.state += phi_key.mT @ values[:, :, :tokens].float()
+            cache.state += phi_key.mT @ leaving_window(values, tokens, window).float()
             cache.norm += phi_key.sum(2)
 
-        # The window after the last token.
-        last = across_heads((end + ring).expand(len(key), -1), key)
-        after = across_heads(cache.slot(positions[:, None] + end - window + ring), key)
-        cache.key.scatter_(2, after, keys.gather(2, last))
-        cache.value.scatter_(2, after, values.gather(2, last))
+        # The last tokens, as many as the window and the new ones have in common, to their slots.
+        last = end + torch.arange(-min(window, tokens), 0, device=key.device)
+        slot = cache.slot(positions[:, None] + last)
+        last = (before + last).clamp(min=0).expand(len(key), -1)
+        put(cache.key, slot, take(keys, last))
+        put(cache.value, slot, take(values, last))
         return out
 
     def new_cache(self, batch: int, max_tokens: int, dtype: torch.dtype, device):
         return WindowLinearCache(self.config, batch, dtype, device)
 
 
-def across_heads(index: Tensor, x: Tensor) -> Tensor:
-    """index [B, n] of tokens -> [B, G, n, D], for gather and scatter on x [B, G, T, D]."""
-    return index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """The tokens `index` [B, n] of x [B, G, T, D]: [B, G, n, D]."""
+    sequence = torch.arange(len(x), device=x.device)[:, None]
+    return x[sequence, :, index].transpose(1, 2)
+
+
+def put(x: Tensor, index: Tensor, new: Tensor) -> None:
+    """Writes `new` [B, G, n, D] to the tokens `index` [B, n] of x [B, G, T, D]."""
+    sequence = torch.arange(len(x), device=x.device)[:, None]
+    x[sequence, :, index] = new.transpose(1, 2)
 
 
 # --- tier X ------------------------------------------------------------------------------------

@@ -3,8 +3,7 @@
 //
 // A decoding step is bound by reading caches and weights. torch's products of a few rows read them
 // at half the speed of memory, and read every sequence's cache to the length of the longest one;
-// here each key and value in use is read once. Tier L's prompt is a recurrence whose state stays in
-// the L1 cache: token by token it costs less than the passes over memory of its form in chunks.
+// here each key and value in use is read once.
 //
 // HEADS (R, query heads of a key/value head), HEAD_DIM (D) and NUMBER (float or bfloat16) are
 // compile-time constants, so that loops over them unroll and vectorise. Tensors are contiguous;
@@ -14,7 +13,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 constexpr int R = HEADS;
 constexpr int D = HEAD_DIM;
@@ -166,50 +164,6 @@ extern "C" bool step(int64_t batch, int64_t groups, int64_t room, int64_t featur
         int64_t start = (i * room + first[b]) * D;
         attention.add_keys(query + i * R * D, D, key + start, value + start, end[b] - first[b]);
         attention.write(out + i * R * D, D);
-    }
-    return true;
-}
-
-// window_linear_attention, token after token. Key j of the window + tokens lies at position start +
-// j - window.
-extern "C" bool chunk(int64_t batch, int64_t groups, int64_t tokens, int64_t keys, int64_t sinks,
-                      int64_t features, float* out, const float* query, const Number* key,
-                      const Number* value, const int64_t* start, const Number* sink_key,
-                      const Number* sink_value, const float* phi_query, const float* phi_key,
-                      const float* tail_logit, const float* state, const float* norm) {
-    int64_t window = keys - tokens;
-    if (window < 0) return false;
-    for (int64_t b = 0; b < batch; b++)
-        if (start[b] < 0) return false;
-
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t i = 0; i < batch * groups; i++) {
-        int64_t b = i / groups, g = i % groups;
-        const Number* k = key + i * keys * D;
-        const Number* v = value + i * keys * D;
-        std::vector<float> S, z;
-        if (features) {
-            S.assign(state + i * features * D, state + (i + 1) * features * D);
-            z.assign(norm + i * features, norm + (i + 1) * features);
-        }
-
-        for (int64_t t = 0; t < tokens; t++) {
-            int64_t position = start[b] + t, head = i * R * tokens + t;
-            Attention attention;
-            if (features)
-                attention.add_tail(phi_query + head * features, tokens * features,
-                                   phi_key + (i * tokens + t) * features, v + t * D,
-                                   tail_logit + g * R, S.data(), z.data(), features);
-
-            // Sinks that are no longer in the window, then the window.
-            int64_t old_sinks = std::clamp<int64_t>(position - window + 1, 0, sinks);
-            int64_t local = std::min(window, position + 1);
-            int64_t from = (t + 1 + window - local) * D;
-            attention.add_keys(query + head * D, tokens * D, sink_key + i * sinks * D,
-                               sink_value + i * sinks * D, old_sinks);
-            attention.add_keys(query + head * D, tokens * D, k + from, v + from, local);
-            attention.write(out + head * D, tokens * D);
-        }
     }
     return true;
 }

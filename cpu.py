@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import Past
 from terminal import progress
 
 enabled = True
@@ -70,17 +69,6 @@ def window_linear_step(
     return torch.ops.layerboost.step(*local, *tail).to(query.dtype)
 
 
-def window_linear_attention(
-    query, key, value, phi_query, phi_key, tail_logit, past: Past, window: int
-) -> Tensor:
-    start = past.start.expand(len(key))
-    local = (scaled(query), key, value, start, past.sink_key, past.sink_value)
-    tail = (None,) * 5
-    if phi_query is not None:
-        tail = (phi_query, phi_key, tail_logit, past.state, past.norm)
-    return torch.ops.layerboost.chunk(*local, *tail).to(query.dtype)
-
-
 def row_product(x: Tensor, weight: Tensor) -> Tensor:
     """W x for a single row x [..., inputs] -> [..., outputs]: as fast as W is read."""
     y = torch.ops.layerboost.row_product(x.float().flatten(), weight)
@@ -113,22 +101,9 @@ LAYOUTS = {
         "state": "float?! B G F D",
         "norm": "float?! B G F",
     },
-    "chunk": {
-        "query": "float B H T D",
-        "key": "number B G K D",
-        "value": "number B G K D",
-        "start": "int B",
-        "sink_key": "number B G S D",
-        "sink_value": "number B G S D",
-        "phi_query": "float? B H T F",
-        "phi_key": "float? B G T F",
-        "tail_logit": "float? H",
-        "state": "float? B G F D",
-        "norm": "float? B G F",
-    },
     "row_product": {"x": "float I", "weight": "number O I"},
 }
-SIZES = {"step": "BGNF", "chunk": "BGTKSF", "row_product": "OI"}  # in the order of cpu.cpp
+SIZES = {"step": "BGNF", "row_product": "OI"}  # in the order of cpu.cpp
 DTYPES = {"float": torch.float32, "int": torch.int64}
 
 

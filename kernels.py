@@ -279,23 +279,30 @@ def window_linear_attention(
 ) -> Tensor:
     """The same in chunks, going on from `past`: linear in T in time and memory.
 
-    query [B, H, T, D]; key, value [B, G, window + T, D]: those of the `window` tokens before the
+    query [B, H, T, D]; key, value [B, G, before + T, D]: those of up to `window` tokens before the
     first query (arbitrary where there are none), then those of the queries; phi_query [B, H, T, F];
-    phi_key [B, G, T, F]: the features of key[:, :, :T], the tokens that leave the window as each
-    query arrives, zero where that is a sink or no token. Returns [B, H, T, D]."""
+    phi_key [B, G, T, F]: the features of `leaving_window(key, T, window)`, zero where that is a
+    sink or no token. Returns [B, H, T, D]."""
     tokens = query.shape[2]
     chunk = min(chunk, tokens)
-    wide = max(chunk, min(window // 4, tokens))  # chunks of keys that overlap less
+    wide = max(chunk, min(window // 4, tokens))  # wider chunks, whose bands overlap less
     if phi_query is None:
         return local_attention(query, key, value, past, window, wide)[0]
 
-    leaving = value[:, :, :tokens].float()
+    leaving = leaving_window(value, tokens, window).float()
     numerator, denominator = tail_attention(phi_query, phi_key, leaving, past, chunk)
     if not window + past.sink_key.shape[2]:
         return (numerator / denominator).to(query.dtype)
     local, log_sum = local_attention(query, key, value, past, window, wide)
     b = tail_logit.view(-1, 1, 1).where(denominator > 0, -torch.inf)  # (B, H, T, 1)
     return join_terms(local, log_sum, numerator, denominator, b).to(query.dtype)
+
+
+def leaving_window(x: Tensor, tokens: int, window: int) -> Tensor:
+    """The keys or values that leave the window as each of the last `tokens` of x [B, G, before + T,
+    D] arrives: [B, G, T, D], zero where none does."""
+    before = x.shape[2] - tokens
+    return F.pad(x, (0, 0, window - before, 0))[:, :, :tokens]
 
 
 def join_terms(
@@ -317,24 +324,26 @@ def local_attention(
     """The local terms: softmax attention over the local keys alone [B, H, T, D], and
     log sum_local exp(a_i) [B, H, T, 1] in float32.
 
-    A chunk of C queries reads a band of window + C keys, the last of which is its own last token;
-    each query sees its window of it, and those sinks that are no longer in its window.
+    A chunk of C queries reads a band of up to window + C keys, the last of which is its own last
+    token; each query sees its window of it, and those sinks that are no longer in its window.
     """
     B, G, _, D = key.shape
     tokens = query.shape[2]
     query = split_chunks(query * D**-0.5, G, chunk)  # (B, G, n, R * C, D)
     n = query.shape[2]
-    padding = n * chunk + window - key.shape[2]
+    before = key.shape[2] - tokens
+    reach = min(window, before + (n - 1) * chunk)  # w, the most tokens that precede a chunk
 
     def bands(x: Tensor, sinks: Tensor) -> Tensor:
         """What each chunk reads of them, [B * n, G, s + w + C, D]."""
-        band = F.pad(x, (0, 0, 0, padding)).unfold(2, chunk + window, chunk).mT
+        x = F.pad(x, (0, 0, reach - before, n * chunk - tokens))
+        band = x.unfold(2, chunk + reach, chunk).mT
         sinks = sinks[:, :, None].expand(-1, -1, n, -1, -1)
         return torch.cat((sinks, band), dim=3).transpose(1, 2).flatten(0, 1)
 
     position = torch.arange(n * chunk, device=query.device).view(n, chunk)
     position = past.start[:, None, None] + position  # (B or 1, n, C)
-    band = torch.arange(-window, chunk, device=query.device) + position[..., :1]
+    band = torch.arange(-reach, chunk, device=query.device) + position[..., :1]
     seen_band = causal_mask(position, band, window) & (band >= 0)[..., None, :]
     sink = torch.arange(past.sink_key.shape[2], device=query.device)
     seen_sink = sink <= position[..., None] - window

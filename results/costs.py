@@ -242,7 +242,6 @@ KINDS = {
         "aten::_softmax",
         "aten::_scaled_dot_product",
         "layerboost::step",
-        "layerboost::chunk",
     ),
     "compiled": (
         "## Call CompiledFxGraph",

@@ -101,18 +101,17 @@ def attend(layer, name: str, x: float, query: Tensor, key: Tensor, value: Tensor
     chunk = min(64, tokens)
     start = torch.zeros(1, dtype=torch.int64)
     past = kernels.Past(start, key[:, :, : c.sinks], value[:, :, : c.sinks], None, None)
-    key = F.pad(key, (0, 0, c.window, 0))
-    value = F.pad(value, (0, 0, c.window, 0))
-
     in_tail = (torch.arange(tokens) - c.window - c.sinks + 1).clamp(min=0)
-    phi_key = kernels.feature_map(key[:, :, :tokens], c.feature_map, layer.key_map)
+    phi_key = kernels.feature_map(
+        kernels.leaving_window(key, tokens, c.window), c.feature_map, layer.key_map
+    )
     phi_key = phi_key * (in_tail > 0)[:, None]
     phi_query = kernels.feature_map(query, c.feature_map, layer.query_map)
     if name in FADES_FROM:
         n = FADES_FROM[name]
         phi_query = phi_query * (n / in_tail.clamp(min=n))[:, None] ** x
 
-    left = value[:, :, :tokens].float()
+    left = kernels.leaving_window(value, tokens, c.window).float()
     log_gamma = torch.full(left.shape[:3], -x if name == "decay" else 0.0)
     if name == "gate":
         log_gamma = layer.gate(left)

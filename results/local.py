@@ -7,7 +7,6 @@ SmolLM2's shape: 9 query heads on 3 key/value heads of 64, one sequence, a tail 
 Medians of five, the two forms in turn.
 """
 
-import functools
 import statistics
 import sys
 import time
@@ -17,7 +16,6 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
-import torch.nn.functional as F
 
 import kernels
 from terminal import format_table
@@ -36,13 +34,12 @@ def attention(tokens: int, window: int, dtype: torch.dtype):
     start = torch.zeros(1, dtype=torch.int64)
     state, norm = torch.zeros(1, G, FEATURES, D), torch.zeros(1, G, FEATURES)
     past = kernels.Past(start, key[:, :, :SINKS], value[:, :, :SINKS], state, norm)
-    before = functools.partial(F.pad, pad=(0, 0, window, 0))
     b = torch.full((H,), -8.0)
 
     def run():
         joins = (torch.arange(tokens) - window >= SINKS)[:, None]
-        leaving = before(phi_key)[:, :, :tokens] * joins
-        local = (query, before(key), before(value), phi_query, leaving)
+        leaving = kernels.leaving_window(phi_key, tokens, window) * joins
+        local = (query, key, value, phi_query, leaving)
         return kernels.window_linear_attention(*local, b, past, window)
 
     return run, leaves

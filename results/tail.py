@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cpu
 import kernels
 from measure import RECALL_DEPTHS, compare_by_position, passkey_recall
 from model import Model, load_model
@@ -34,7 +33,7 @@ EDGES = (0, 1024, 2048, 4096, 8192)
 
 def tail_share(query, key, value, phi_query, phi_key, tail_logit, past, window, chunk=64):
     """[T]: exp(b) phi(q)^T z over the whole denominator, averaged over batch and heads."""
-    leaving = value[:, :, : query.shape[2]].float()
+    leaving = kernels.leaving_window(value, query.shape[2], window).float()
     _, tail = kernels.tail_attention(phi_query, phi_key, leaving, past, chunk)
     _, log_sum = kernels.local_attention(query, key, value, past, window, chunk)
     tail = tail * torch.exp(tail_logit.view(-1, 1, 1) - log_sum)
@@ -50,11 +49,8 @@ def tail_shares(model: Model, ids: Tensor) -> dict[int, Tensor]:
         shares.append(tail_share(*inputs))
         return attention(*inputs)
 
-    enabled = cpu.enabled
-    cpu.enabled = False
     with mock.patch.object(kernels, "window_linear_attention", recording):
         model.hidden(ids)
-    cpu.enabled = enabled
     layers = [i for i, tier in enumerate(model.plan) if tier == "L"]
     return dict(zip(layers, shares, strict=True))
 
