@@ -252,10 +252,7 @@ class WindowLinearAttention(SoftmaxAttention):
         return phi_query * fade[:, None, :, None]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        B, G, tokens, D = key.shape
-        if tokens <= self.config.window:  # nothing leaves it
-            return twin("softmax_attention", key)(query, key, value)
-
+        B, G, _, D = key.shape
         sinks = self.config.sinks
         features = feature_size(self.config.feature_map, D)
         past = Past(
@@ -274,6 +271,9 @@ class WindowLinearAttention(SoftmaxAttention):
         (key, value [B, G, before + T, D]). Returns its output [B, H, T, D], and phi [B, G, T, F] of
         the token that leaves the window as each query arrives; None if none does."""
         tokens, window = query.shape[2], self.config.window
+        if key.shape[2] == tokens <= window:  # nothing comes before, nothing leaves
+            return twin("softmax_attention", key)(query, key, value), None
+
         run = kernels.window_linear_attention
         if not self.has_tail or key.shape[2] <= window:  # nothing leaves the window
             return run(query, key, value, None, None, None, past, window), None

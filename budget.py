@@ -88,7 +88,7 @@ class Budget:
         self.context = min(CONTEXT, self.reach)  # tokens of a sequence to evaluate on
         self.healing = HEALING * self.tokens
 
-        # In the scan a pass of the base; before healing one of it and one of the converted model.
+        # Fitting costs a pass of the base in the scan; before healing, one of each model.
         self.fitting = FITTED * self.inputs
         self.maps = 2 * self.fitting * self.removes
 
@@ -136,7 +136,7 @@ class Budget:
         return (count + 1) * sequences * self.context * (1 + self.heads)
 
     def evaluation_work(self, sequences: int, passkeys: int, longest: int) -> float:
-        """Of three models, in one process while the others wait."""
+        """One process measures three models while the others wait."""
         prompts = max(1, passkeys // len(RECALL_DEPTHS)) * len(RECALL_DEPTHS)
         text = sequences * self.context * (1 + self.heads)
         writing = WRITING if sequences >= LEAST_WRITTEN else 0

@@ -412,8 +412,8 @@ def healing_bytes(model: Model, settings: Healing) -> tuple[int, int]:
 
 
 def distillation(teacher: Model, student: Model, ids: Tensor, weight=1.0, compiled=False) -> Tensor:
-    """The loss on ids [B, T]. Adds the gradients of KL(teacher || student) per token and
-    returns it; both times `weight`."""
+    """Adds the gradients of weight * KL(teacher || student) per token on ids [B, T], and returns
+    that value."""
     with torch.no_grad():
         target = teacher.hidden(ids).flatten(0, 1)  # (B T, d)
     hidden = student.hidden(ids).flatten(0, 1)
@@ -507,7 +507,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Takes over a `state`."""
+        """Restores a `state`."""
         for name, parameter in self.trained.items():
             parameter.copy_(state[name])
             self.averages[name].copy_(state[f"{name}/average"])

@@ -25,43 +25,34 @@ RIDGE = 1e-2  # lambda, as a share of the mean variance of an input
 BATCH = 4  # sequences that run together
 
 
-class Moments:
-    """Sums over tokens of x and y [..., d], and of their products, in float64: the covariances are
+def least_squares(pairs, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+    """W [d, d] and c [d] from pairs of x and y [..., d]. The sums are float64: the covariances are
     small differences of large sums."""
-
-    def __init__(self, size: int, device: torch.device):
-        options = {"dtype": torch.float64, "device": device}
-        self.count = 0
-        self.x, self.y = torch.zeros(2, size, **options)
-        self.xx, self.yx = torch.zeros(2, size, size, **options)
-
-    def add(self, x: Tensor, y: Tensor) -> None:
+    count, sums = 0, None
+    for x, y in pairs:
         x, y = x.flatten(0, -2).double(), y.flatten(0, -2).double()
-        self.count += len(x)
-        self.x += x.sum(0)
-        self.y += y.sum(0)
-        self.xx += x.T @ x
-        self.yx += y.T @ x
+        count += len(x)
+        more = (x.sum(0), y.sum(0), x.T @ x, y.T @ x)
+        sums = more if sums is None else [a + b for a, b in zip(sums, more)]
 
-    def solve(self, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
-        """W [d, d] and c [d]."""
-        mean_x, mean_y = self.x / self.count, self.y / self.count
-        xx = self.xx / self.count - mean_x[:, None] * mean_x
-        yx = self.yx / self.count - mean_y[:, None] * mean_x
-        xx.diagonal().add_(ridge * xx.diagonal().mean())
-        weight = torch.linalg.solve(xx, yx, left=False)
-        return weight, mean_y - weight @ mean_x
+    mean_x, mean_y, xx, yx = (total / count for total in sums)
+    xx = xx - mean_x[:, None] * mean_x
+    yx = yx - mean_y[:, None] * mean_x
+    xx.diagonal().add_(ridge * xx.diagonal().mean())
+    weight = torch.linalg.solve(xx, yx, left=False)
+    return weight, mean_y - weight @ mean_x
 
 
 def fit_map(theirs: Block, ours: Block, their_stream, our_stream, rotary) -> None:
     """Fits the map of an X layer, in place. theirs: the original's layer; the streams are those
     that enter both layers, a list of [B, T, d] each."""
-    moments = None
-    for x, y in zip(their_stream, our_stream, strict=True):
-        attended = x + theirs.self_attn(theirs.input_layernorm(x), rotary)
-        moments = moments or Moments(x.shape[-1], x.device)
-        moments.add(ours.input_layernorm(y), attended - y)
-    weight, bias = moments.solve()
+
+    def pairs():
+        for x, y in zip(their_stream, our_stream, strict=True):
+            attended = x + theirs.self_attn(theirs.input_layernorm(x), rotary)
+            yield ours.input_layernorm(y), attended - y
+
+    weight, bias = least_squares(pairs())
     ours.self_attn.map.weight.copy_(weight)
     ours.self_attn.map.bias.copy_(bias)
 

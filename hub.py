@@ -104,9 +104,9 @@ def read_json(path: Path) -> dict:
     try:
         return parse_json(path.read_bytes(), path)
     except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file; a model has config.json, *.safetensors and tokenizer.json"
-        ) from None
+        parts = "config.json", "tokenizer.json"
+        fix = f"; a model has {', '.join(parts)} and *.safetensors" if path.name in parts else ""
+        raise InputError(f"{path}: no such file{fix}") from None
 
 
 def parse_json(text: str | bytes, path: Path) -> dict:

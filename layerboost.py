@@ -79,10 +79,10 @@ from tokenizer import Tokenizer, load_tokenizer
 
 SHORT_CONTEXT = 512  # least tokens of a sequence in healing's first stage (`reach_beyond`)
 LONG_CONTEXT = 4096  # tokens a sequence in the last stage of healing, or all of its positions
-DAMAGE = 0.05  # that a plan may do if no budget is given: for SmolLM2, twice the speed
+DAMAGE = 0.05  # largest, if no budget is given; for SmolLM2, twice the speed
 
 TINY = Path(os.path.relpath(Path(__file__).resolve().parent / "tiny"))
-TINY_DEFAULTS = {  # of flags that are not given, without --model
+TINY_DEFAULTS = {  # used without --model
     "model": str(TINY),
     "data": str(TINY / "train.jsonl.gz"),
     "valid": str(TINY / "valid.jsonl.gz"),
@@ -90,12 +90,12 @@ TINY_DEFAULTS = {  # of flags that are not given, without --model
     "damage": 0.015,  # with few layers, each changed one counts more
 }
 
-PAPER = {"planner": "paper", "removed": "nothing", "window": 64, "feature_map": "hedgehog"}
+PAPER = {"removed": "nothing", "window": 64, "feature_map": "hedgehog"}
 
 NEXT_STEPS = """
 Next, a real model (a folder in the Hub's layout or a Hub id) on your own text:
   python layerboost.py --model HuggingFaceTB/SmolLM2-135M --data TEXT --tokens 200k
-Other ways to spend the same layers:
+Other plans to try:
   python layerboost.py --paper --out out/paper
   python layerboost.py --plan uniform:L --out out/uniform"""
 
@@ -114,7 +114,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     tasks = read_tasks(args.tasks)
     hold_folder(out)
 
-    # The budget rules the sizes of all that follows.
+    # The budget sizes everything below.
     step = args.batch * min(args.context or SHORT_CONTEXT, model.config.max_position_embeddings)
     rates = measure_rates(model, healing_settings(model, step, 2, args), args)
     budget = make_budget(model, args, step, rates)
@@ -142,7 +142,11 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
         settings = reach_beyond(window, settings)
     if not tail_names(student):  # nothing to train alone
         settings = replace(settings, long_share=0.0)
-    say(f"\nHeal: {describe_healing(settings)}")
+    short, long = settings.short_steps, settings.steps - settings.short_steps
+    say(
+        f"\nHeal: {settings.trained_tokens:,} tokens, {short} steps of KL distillation, then "
+        f"{long} of the tails alone on long sequences."
+    )
     same = scan.identity_of(model, train, tiers) | {"plan": plan, "dtype": args.dtype}
     watched = valid[: budget.watched]
     curve = heal(model, student, train, watched, settings, out / "healing.safetensors", same)
@@ -203,11 +207,6 @@ def check_arguments(model: Model, source: Path, tiers: dict, args) -> None:
             f"{args.split}: {args.keep} layers to keep and {args.drop} to drop are more than the "
             f"{n} of the model; give --keep and --drop that are {n} together at most",
         )
-    require(
-        args.planner == "tier" or "keep" in args.limits,
-        f"--planner {args.planner}: needs --keep and --drop",
-    )
-
     shortest = min(min(prompts) for _, _, prompts in SCANS)
     require(
         "recall" not in args.measure or reach >= shortest,
@@ -284,14 +283,14 @@ def scan_layers(
         model, tokenizer, args.measure, calibration, train, budget.prompts, args.tasks, local
     )
     served = None
-    if budget.served and longest >= 2 * tiers["window"]:  # else the damage tells nothing of it
+    if budget.served and longest >= 2 * tiers["window"]:  # else the damage says nothing about it
         served = train.flatten()[None, : budget.served]
     layers = scan.scan(model, probes, tiers, path, same, layers, fitting, served, longest)
 
     work = budget.scan_work(*budget.scan_size, scanned)
     seconds = time.monotonic() - start
     left = ""
-    if work and seconds > 30:  # of less it tells no rate
+    if work and seconds > 30:  # a shorter one gives no rate
         rest = rates.of(budget) - rates.seconds(budget.scan)
         rest *= seconds / rates.seconds(work)  # this machine may be slower by now
         left = f"; by its speed the rest takes about {clock(rest)}"
@@ -307,7 +306,7 @@ def earlier_scan(
     n = len(model.layers)
     same = scan.identity_of(model, train.flatten()[: budget.context], tiers)
     same["served"] = budget.served  # tokens of the text that windows are weighed on
-    if not args.scan:  # it can be gone on with, under the same sizes
+    if not args.scan:  # it can be resumed, at the same sizes
         count, longest = budget.calibration
         same["sizes"] = f"{count} x {longest} tokens, passkeys {budget.prompts}"
     if "task" in args.measure:
@@ -341,7 +340,8 @@ def make_plan(model: Model, layers: list[dict], tiers: dict, args) -> tuple[str,
     ((name, limit),) = args.limits.items()
     if name == "keep":
         window = tiers["window"]
-        plan = planner.PLANNERS[args.planner](costs[window], args.keep, args.drop)
+        make = planner.plan_paper if args.paper else planner.plan_tier
+        plan = make(costs[window], args.keep, args.drop)
     else:
         plan, window, *_ = planner.choose(choices, name, limit)
 
@@ -354,14 +354,6 @@ def make_plan(model: Model, layers: list[dict], tiers: dict, args) -> tuple[str,
 
 
 # --- what the terminal shows -------------------------------------------------------------------
-
-
-def describe_healing(settings: Healing) -> str:
-    short = settings.short_steps
-    return (
-        f"{settings.trained_tokens:,} tokens, {short} steps of KL distillation, then "
-        f"{settings.steps - short} of the tails alone on long sequences."
-    )
 
 
 def say_what_next(args) -> None:
@@ -413,16 +405,15 @@ FLAGS = {
         "tasks": (list, [], "question files to evaluate on [none]"),
     },
     "scan and plan": {
-        "damage": (at_least(0.0, float), None, f"the plan may do, predicted [{DAMAGE}]"),
-        "speedup": (at_least(1.0, float), None, "that the plan must give, predicted"),
-        "cache": (at_least(0.0, float), None, "that the plan may keep, as a share: 0.3"),
-        "workload": (workload, "16x4096", "of a decoding step: sequences x tokens of each"),
+        "damage": (at_least(0.0, float), None, f"largest, as predicted [{DAMAGE}]"),
+        "speedup": (at_least(1.0, float), None, "smallest, as predicted"),
+        "cache": (at_least(0.0, float), None, "share of it to keep, as 0.3"),
+        "workload": (workload, "16x4096", "decoding step to plan for: sequences x context"),
         "hardware": ((*HARDWARE, "this"), "a10", "that speed is predicted for"),
         "keep": (at_least(0), None, "layers that keep softmax attention [a third]"),
         "drop": (at_least(0), None, "layers whose attention is removed [0]"),
-        "planner": (tuple(planner.PLANNERS), "tier", "tier: least damage; paper: bands by X"),
         "plan": (str, None, "this one: S, L or X for each layer, or uniform:L [scan and plan]"),
-        "paper": (bool, False, "the paper's recipe: window 64, Hedgehog tail, X nothing, by X"),
+        "paper": (bool, False, "its recipe: window 64, Hedgehog tail, X nothing, ranked by X"),
         "removed": (REMOVED, "linear", "in place of removed attention: a fitted map, or nothing"),
         "measure": (measure_names, "kl+recall", "damage: kl, recall, task or a sum"),
         "scan": (
@@ -430,13 +421,13 @@ FLAGS = {
             None,
             "plan from this scan.json, made on any text [scan, or go on with the one in OUT]",
         ),
-        "window": (int, None, "last tokens that an L layer sees exactly [as the budget has it]"),
+        "window": (int, None, "last tokens that an L layer sees exactly [chosen with the plan]"),
         "sinks": (int, 4, "first tokens that it sees exactly"),
         "feature-map": (str, "softmax", f"of its tail: {', '.join(FEATURE_MAPS)}"),
     },
     "healing": {
-        "tokens": (token_count, None, "to heal on, as 200k; the rest of the run by it [10M]"),
-        "minutes": (at_least(1e-9, float, 1e6), None, "for all of the run, instead of --tokens"),
+        "tokens": (token_count, None, "to heal on, as 200k; also sizes scan and evaluation [10M]"),
+        "minutes": (at_least(1e-9, float, 1e6), None, "for the whole run, instead of --tokens"),
         "adapter": (str, None, "take what a run learned (its adapter.safetensors), heal nothing"),
         "rank": (at_least(1), 16, "of the adapters"),
         "lr": (at_least(1e-9, float, 10.0), 1e-3, "highest learning rate"),

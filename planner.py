@@ -1,9 +1,8 @@
 """The plan: which tier each layer gets, and which window L has, from what a scan has measured.
 
 `best_plans` finds, for every number of softmax layers (S) and of removed ones (X), the plan of the
-least summed damage, exactly; `frontier` keeps those, of all windows, that no other beats in damage
-and in speed or cache, so a budget of any of the three picks one. `plan_paper` ranks layers by their
-X column alone (arXiv 2604.22050).
+least summed damage, exactly; of those, for all windows, `choose` picks one by a budget of damage,
+speed or cache. `plan_paper` ranks layers by their X column alone (arXiv 2604.22050).
 """
 
 import math
@@ -18,31 +17,31 @@ from model import Model, cache_bytes, convert
 from roofline import floor_seconds, plan_costs
 from scan import MEASURES, ROUNDING
 
-SPEEDUPS = (1.0, 1.1, 1.2, 1.3, 1.5, 1.7, 2.0, 2.5, 3.0, 4.0)  # that the frontier shows
+SPEEDUPS = (1.0, 1.1, 1.2, 1.3, 1.5, 1.7, 2.0, 2.5, 3.0, 4.0)  # of the plans that are shown
 
 
 # --- what a layer costs -------------------------------------------------------------------------
 
 
 def windows_of(layers: list[dict]) -> list[int]:
-    """Those whose damage a scan tells (`scan.window_factors`)."""
+    """The windows whose damage a scan tells (`scan.window_factors`)."""
     names = [name for name in layers[0].get("L", {}) if name.startswith("window ")]
     return [int(name.removeprefix("window ")) for name in names]
 
 
 def window_factor(columns: dict[str, float], measure: str, window: int | None) -> float:
     """How many times the damage that was measured L would do with another window. KL goes with the
-    squared error of the layer's output, since its gradient is zero where nothing is changed; what
-    the model thinks of one answer goes with the error itself (results/windows.py)."""
+    squared error of the layer's output, since its gradient is zero where nothing is changed; the
+    log-likelihood of an answer scales with the error itself (results/windows.py)."""
     squared = columns.get(f"window {window}", 1.0)
     return squared if measure == "kl" else squared**0.5
 
 
 def damages_of(layers: list[dict], window: int | None = None) -> list[dict[str, dict[str, float]]]:
-    """Per layer {tier: {measure: damage}}, less what is noise, none below zero. Of KL that is what
-    rounding makes of the same attention in another order: in bfloat16 a fifth of what L seems to
-    do, and all of it in some layers. Of recall, on a few prompts, it is more than the KL of most
-    layers. window: of L, one of `windows_of`; None for the one that the scan tried."""
+    """Per layer {tier: {measure: damage}}, less noise and at least zero. The noise of KL is
+    rounding, from computing the same attention in another order: in bfloat16 a fifth of L's column,
+    and all of it in some layers. That of recall, on a few prompts, exceeds most layers' KL.
+    window: of L, one of `windows_of`; None for the one that the scan tried."""
     by_tier = recall_noise(layers)
     damages = []
     for row in layers:
@@ -72,7 +71,7 @@ def costs_of(
 
 def recall_noise(layers: list[dict]) -> dict[str, float]:
     """The standard deviation of recall's noise, by tier. Damage lowers recall and noise goes both
-    ways, so the layers without which passkeys came out likelier show how large it is."""
+    ways, so the layers whose change raised recall show how large it is."""
     noise = {}
     for tier in layers[0]:
         gains = [row[tier]["recall"] for row in layers if row[tier].get("recall", 0.0) < 0]
@@ -96,13 +95,15 @@ def plan_paper(costs: list[dict], keep: int, drop: int) -> str:
 
 def best_plans(costs: list[dict]) -> dict[tuple[int, int], tuple[float, str]]:
     """{(S layers, X layers): (damage, plan)} of the least summed damage for every split, by dynamic
-    programming over the layers: best[s, x] is the cheapest way to give those so far s S and x X."""
+    programming over the layers: best[s, x] is the cheapest way to give those so far s S and x X,
+    and any other tiers to the rest."""
     best = {(0, 0): (0.0, "")}
     for cost in costs:
         longer: dict = {}
         for (s, x), (total, plan) in best.items():
-            for tier, state in (("S", (s + 1, x)), ("L", (s, x)), ("X", (s, x + 1))):
-                candidate = (total + cost[tier], plan + tier)
+            for tier, damage in cost.items():
+                state = (s + (tier == "S"), x + (tier == "X"))
+                candidate = (total + damage, plan + tier)
                 longer[state] = min(longer.get(state, (math.inf, "")), candidate)
         best = longer
     return best
@@ -113,9 +114,6 @@ def plan_tier(costs: list[dict], keep: int, drop: int) -> str:
     return best_plans(costs)[keep, drop][1]
 
 
-PLANNERS = {"tier": plan_tier, "paper": plan_paper}
-
-
 class Choice(NamedTuple):
     """A plan, its window, and what is predicted of them."""
 
@@ -124,10 +122,6 @@ class Choice(NamedTuple):
     damage: float  # the sum over its layers, before healing
     speedup: float  # of a decoding step, at the floor that roofline.py counts
     cache: float  # bytes of a sequence's cache, as a share of the original's
-
-    @property
-    def gain(self) -> dict[str, float]:
-        return {"speedup": self.speedup, "cache": -self.cache}
 
 
 def price_plans(
@@ -156,33 +150,26 @@ def price_plans(
     return choices
 
 
-def frontier(choices: list[Choice], by: str = "speedup") -> list[Choice]:
-    """The choices that no other beats in both damage and `by`, "speedup" or "cache"; least damage
-    first."""
-    kept: list[Choice] = []
-    for choice in sorted(choices, key=lambda choice: (choice.damage, -choice.gain[by])):
-        if not kept or choice.gain[by] > kept[-1].gain[by]:
-            kept.append(choice)
-    return kept
-
-
 def choose(choices: list[Choice], budget: str, limit: float) -> Choice:
     """The plan of least damage that is `limit` times as fast (budget "speedup") or keeps at most
     that share of the cache ("cache"), or the fastest plan of at most that "damage". Raises
     InputError if there is none."""
     if budget == "damage":
-        return [choice for choice in frontier(choices) if choice.damage <= limit][-1]
+        fits = [choice for choice in choices if choice.damage <= limit]
+        return max(fits, key=lambda choice: (choice.speedup, -choice.damage))
 
-    front = frontier(choices, budget)
-    limit = -limit if budget == "cache" else limit
-    enough = [choice for choice in front if choice.gain[budget] >= limit]
-    best = abs(front[-1].gain[budget])
+    if budget == "speedup":
+        best = max(choice.speedup for choice in choices)
+        fits = [choice for choice in choices if choice.speedup >= limit]
+    else:
+        best = min(choice.cache for choice in choices)
+        fits = [choice for choice in choices if choice.cache <= limit]
     require(
-        enough,
-        f"--{budget} {abs(limit):g}: no plan goes beyond {best:.2f} at this --workload; "
+        fits,
+        f"--{budget} {limit:g}: no plan goes beyond {best:.2f} at this --workload; "
         "give that, or a longer context",
     )
-    return enough[0]
+    return min(fits, key=lambda choice: (choice.damage, -choice.speedup))
 
 
 # --- what is shown -----------------------------------------------------------------------------
@@ -234,10 +221,10 @@ def damage_error(columns: dict[str, float], heard: bool, window: int | None = No
 
 def frontier_chart(choices: list[Choice], plan: str, window: int, title: str) -> str:
     """A line for the plan of least damage at each of SPEEDUPS, and one for the chosen plan."""
-    front = frontier(choices)
-    shown = [next((c for c in front if c.speedup >= least), None) for least in SPEEDUPS]
-    shown += [choice for choice in choices if (choice.plan, choice.window) == (plan, window)]
-    shown = sorted({choice for choice in shown if choice}, key=lambda choice: choice.speedup)
+    fastest = max(choice.speedup for choice in choices)
+    shown = {choose(choices, "speedup", least) for least in SPEEDUPS if least <= fastest}
+    shown |= {choice for choice in choices if (choice.plan, choice.window) == (plan, window)}
+    shown = sorted(shown, key=lambda choice: choice.speedup)
 
     most = max(choice.damage for choice in shown) or 1.0
     lines = [title, "speedup  cache   S  L  X  window   damage"]

@@ -3,8 +3,8 @@
 Serving has two phases. *Prefill* reads a prompt, all its tokens at once: its matrix products keep
 the arithmetic units busy, so it costs operations. *Decoding* makes one token a step for each
 sequence, and reads all weights and all caches to do so: it costs bytes. The batch shares the
-weights, and each sequence has a cache of its own. So at large batch and long context the caches are
-what a step's time goes into, and they are what a plan makes smaller.
+weights, and each sequence has its own cache. So at large batch and long context the caches dominate
+a step's time, and a plan makes them smaller.
 
 A part of a step that moves b bytes and computes n operations takes at least
 

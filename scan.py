@@ -220,7 +220,7 @@ def scan(
     tiers: the settings of L and X; fitting: ids [N, T] that the linear maps of X are fitted on;
     served: ids [1, T], as long as texts will be, that other windows are weighed on, against the
     damage to texts of `judged` tokens.
-    Goes on after the trials in `layers`, which an earlier run has made, and writes all of them to
+    Resumes after the trials in `layers`, which an earlier run has made, and writes all of them to
     `path` after each. Raises Diverged for damage that is not finite.
     """
     n = len(model.layers)

@@ -494,7 +494,6 @@ BAD_FLAGS = [
     ("--prompt=a\udcff", "--prompt: is not UTF-8"),
     ("--temperature nan", "--temperature: nan is not 0.0"),
     ("--seed 1180591620717411303424", "--seed: 1180591620717411303424 is not"),
-    ("--planner luck", "paper"),
     ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
 ]
 BAD_INPUT = [

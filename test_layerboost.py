@@ -63,7 +63,7 @@ from budget import SCAN_TOKENS, Budget, Rates, make_budget
 from config import read_config
 from conftest import GOLDEN, TIERS, boosted, needs_cpp, short_run, write_model
 from engine import Engine, Request, move_sequences, next_tokens, prefill, working_bytes
-from fit import Moments, fit_maps
+from fit import fit_maps, least_squares
 from golden.make_golden import CHATS, CONFIGS, MESSAGES, NASTY, SMALL, golden_ids, write_chat
 from hub import InputError, fingerprint
 from kernels import Past, feature_map, naive_window_linear_attention
@@ -1146,10 +1146,7 @@ def test_a_map_is_that_of_least_squares():
     torch.manual_seed(0)
     x, y = torch.randn(2, 3, 200, 12)
     y += x @ torch.randn(12, 12) + 5
-    moments = Moments(12, x.device)
-    for part in range(3):
-        moments.add(x[part], y[part])
-    weight, bias = moments.solve(ridge=0.0)
+    weight, bias = least_squares(zip(x, y), ridge=0.0)
 
     inputs = torch.cat((x, torch.ones(3, 200, 1)), dim=-1).flatten(0, 1).double()
     expected = torch.linalg.lstsq(inputs, y.flatten(0, 1).double()).solution  # (13, 12)
@@ -2553,7 +2550,9 @@ def test_a_tier_of_somebody_elses_goes_through_the_whole_story(llama, text, tmp_
     monkeypatch.setattr(scan_module, "TRIALS", "XLM")
     for module in (roofline, planner):
         monkeypatch.setattr(module, "plan_costs", with_mean)
-    monkeypatch.setitem(planner.PLANNERS, "tier", lambda *_: "SML")
+    costs = [{"S": 0.0, "X": 3.0, "L": 2.0, "M": 1.0}] * 3
+    assert planner.plan_tier(costs, 1, 0).count("M") == 2
+    monkeypatch.setattr(planner, "plan_tier", lambda *_: "SML")
     assert (
         layerboost.main(
             short_run(llama, text, tmp_path, "--measure", "kl", "--tokens", "1k", "--keep", "1")

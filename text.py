@@ -179,14 +179,14 @@ def read_text(args, tokenizer: Tokenizer, config: Config, settings) -> tuple[Ten
     eos = config.eos_token_ids
     longest = min(CONTEXT, config.max_position_embeddings)
     needed = args.sequences * longest
+    wanted = max(settings.trained_tokens, TEXT_TOKENS)
     documents = read_documents(args.data, "--data", args.encoding)
     if args.valid:
         held_out = read_documents(args.valid, "--valid", args.encoding)
     else:
-        documents, held_out = hold_out(list(documents), tokenizer, longest)
+        documents, held_out = hold_out(up_to(10 * wanted, documents), tokenizer, longest)
 
     valid = pack_sequences(held_out, tokenizer, eos, longest, needed)
-    wanted = max(settings.trained_tokens, TEXT_TOKENS)
     train = pack_sequences(documents, tokenizer, eos, settings.context, wanted)
 
     missing = {
@@ -202,6 +202,17 @@ def read_text(args, tokenizer: Tokenizer, config: Config, settings) -> tuple[Ten
             size = f"it has {there:,} tokens, {there + missing[flag]:,} are needed"
             raise InputError(f"{flag} {source}: too little text: {size}; give more")
     return train, valid
+
+
+def up_to(characters: int, documents) -> list[str]:
+    """The first documents, until they have so many characters."""
+    taken = []
+    for document in documents:
+        taken.append(document)
+        characters -= len(document)
+        if characters <= 0:
+            break
+    return taken
 
 
 def hold_out(documents: list[str], tokenizer: Tokenizer, least: int) -> tuple[list[str], list[str]]:

@@ -72,7 +72,7 @@ def compare(name: str, source: Path, folder: Path, model, tokenizer) -> None:
     theirs = sorted(read(logged), key=lambda sample: sample["doc_id"])
     items = read(source / f"{name}.jsonl")[: len(theirs)]
 
-    by_item = [task_prompts(item, tokenizer) for item in items]
+    by_item = task_prompts(items, tokenizer, model.config.max_position_embeddings)
     scores = iter(score_answers(model, list(itertools.chain(*by_item)), name))
     ours = [[next(scores) for _ in prompts] for prompts in by_item]
 

@@ -253,7 +253,7 @@ def read_step(text: Tensor, tokenizer: Tokenizer, step: int) -> Tensor:
 
 def evaluate(model: Model, tokenizer: Tokenizer, valid: Tensor) -> str:
     with torch.autocast("cpu", torch.bfloat16):
-        recall = passkey_recall(model, tokenizer, valid, (256, 512))["recall"]
+        recall = passkey_recall(model, tokenizer, valid, (256, 512))
         report = text_quality({"model": model}, model, tokenizer, valid)
     bits = report["model"]["bits_per_byte"]
     recalled = ", ".join(f"{share:.0%} at {length}" for length, share in recall.items())
