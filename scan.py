@@ -313,8 +313,8 @@ def read_scan(path: Path) -> dict:
         and identity
         and damages
         and all(map(is_damage, damages))
-        and all(row[tier].keys() == rows[0][tier].keys() for row in rows for tier in row)
-        and all(len(row) == len(TRIALS) for row in rows[:-1]),
+        and all(len(row) == len(TRIALS) for row in rows[:-1])
+        and all(row[tier].keys() == rows[0][tier].keys() for row in rows for tier in row),
         f"{path}: is no scan file, or damaged; delete it and scan again",
     )
     return made

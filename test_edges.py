@@ -1165,6 +1165,14 @@ def test_a_scan_with_a_window_that_cannot_be_is_refused(column, tmp_path):
         scan_module.read_scan(path)
 
 
+def test_a_scan_with_a_layer_between_that_is_not_whole_is_refused(tmp_path):
+    path = tmp_path / "scan.json"
+    layers = [{"X": {"kl": 1.0}}, {"X": {"kl": 1.0}, "L": {"kl": 0.5}}]
+    path.write_text(json.dumps({"identity": {"window": 8}, "layers": layers}))
+    with pytest.raises(InputError, match="is no scan file, or damaged"):
+        scan_module.read_scan(path)
+
+
 def test_a_scan_made_on_other_text_is_used_and_the_difference_stays_known(tmp_path, capsys):
     path = tmp_path / "scan.json"
     layers = [{"X": {"kl": 1.0}, "L": {"kl": 0.5}}, {"X": {"kl": 2.0}}]
