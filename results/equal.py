@@ -32,7 +32,7 @@ import planner
 import scan
 from bench import decode_times
 from config import default_window
-from distill import Healing, heal
+from distill import Healing, heal, tail_names
 from engine import Engine
 from fit import fit_maps
 from hub import fingerprint, read_json, write_json
@@ -184,8 +184,7 @@ def run_row(
     result = {"name": name, "settings": settings, "cache_bytes": cache_bytes(student, CONTEXT)}
 
     healing = Healing(tokens, context=context, validations=2)
-    has_tail = "L" in plan and tiers.get("feature_map") != "none"
-    if not has_tail:
+    if not tail_names(student):  # nothing to train alone
         healing = replace(healing, long_share=0.0)
     identity = {"model": fingerprint(*base.parameters()), "plan": plan, "settings": settings}
     checkpoint = path.with_suffix(".safetensors")
