@@ -314,8 +314,10 @@ class WindowLinearAttention(SoftmaxAttention):
         """Runs the parallel form from the cache's state, then updates the cache to the last real
         token."""
         window, sinks, tokens = cache.window, cache.sinks, query.shape[2]
-        before = window  # tokens before the first query that are read
-        if positions.device.type == "cpu":  # from a GPU, reading a number would wait for it
+        # Tokens before the first query. To read how many there are would wait for a GPU, and break
+        # a compiled program in two.
+        before = window
+        if positions.device.type == "cpu" and not torch.compiler.is_compiling():
             before = min(window, int(positions.max()))
 
         # Those, oldest first, then the new tokens.

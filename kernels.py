@@ -284,8 +284,9 @@ def window_linear_attention(
     phi_key [B, G, T, F]: the features of `leaving_window(key, T, window)`, zero where that is a
     sink or no token. Returns [B, H, T, D]."""
     tokens = query.shape[2]
-    chunk = min(chunk, tokens)
-    wide = max(chunk, min(window // 4, tokens))  # wider chunks, whose bands overlap less
+    wide = max(chunk, window // 4)  # wider chunks, whose bands overlap less
+    if not torch.compiler.is_compiling():  # one program serves any number of tokens
+        chunk, wide = min(chunk, tokens), min(wide, tokens)
     if phi_query is None:
         return local_attention(query, key, value, past, window, wide)[0]
 
@@ -332,7 +333,9 @@ def local_attention(
     query = split_chunks(query * D**-0.5, G, chunk)  # (B, G, n, R * C, D)
     n = query.shape[2]
     before = key.shape[2] - tokens
-    reach = min(window, before + (n - 1) * chunk)  # w, the most tokens that precede a chunk
+    reach = window  # w, the most tokens that precede a chunk
+    if before < window:
+        reach = min(window, before + (n - 1) * chunk)
 
     def bands(x: Tensor, sinks: Tensor) -> Tensor:
         """What each chunk reads of them, [B * n, G, s + w + C, D]."""
