@@ -142,11 +142,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
         settings = reach_beyond(window, settings)
     if not tail_names(student):  # nothing to train alone
         settings = replace(settings, long_share=0.0)
-    short, long = settings.short_steps, settings.steps - settings.short_steps
-    say(
-        f"\nHeal: {settings.trained_tokens:,} tokens, {short} steps of KL distillation, then "
-        f"{long} of the tails alone on long sequences."
-    )
+    say(f"\nHeal: {describe_healing(settings)}")
     same = scan.identity_of(model, train, tiers) | {"plan": plan, "dtype": args.dtype}
     watched = valid[: budget.watched]
     curve = heal(model, student, train, watched, settings, out / "healing.safetensors", same)
@@ -354,6 +350,14 @@ def make_plan(model: Model, layers: list[dict], tiers: dict, args) -> tuple[str,
 
 
 # --- what the terminal shows -------------------------------------------------------------------
+
+
+def describe_healing(settings: Healing) -> str:
+    short, long = settings.short_steps, settings.steps - settings.short_steps
+    return (
+        f"{settings.trained_tokens:,} tokens, {short} steps of KL distillation, then {long} of the "
+        "tails alone on long sequences."
+    )
 
 
 def say_what_next(args) -> None:
