@@ -230,7 +230,8 @@ class WindowLinearAttention(SoftmaxAttention):
         return {"query_map": maps[0], "key_map": maps[1], "tail_logit": torch.full((H,), FAINT)}
 
     def tail_parameters(self) -> list[str]:
-        """W unless it is fixed, as Performer's is, and b, unless it cancels: with no local term."""
+        """W unless it is fixed, as Performer's is, and b unless there is no local term, so that it
+        cancels."""
         c = self.config
         names = []
         if c.feature_map not in ("none", "favor"):
@@ -314,6 +315,7 @@ class WindowLinearAttention(SoftmaxAttention):
         """Runs the parallel form from the cache's state, then updates the cache to the last real
         token."""
         window, sinks, tokens = cache.window, cache.sinks, query.shape[2]
+
         # Tokens before the first query. To read how many there are would wait for a GPU, and break
         # a compiled program in two.
         before = window
