@@ -156,6 +156,20 @@ def test_the_form_in_chunks_equals_the_formula(window, sinks, kind):
         near(in_chunks(*inputs, window, sinks), expected)
 
 
+@pytest.mark.parametrize("window,sinks,kind", SETTINGS)
+def test_what_stands_before_the_first_token_is_not_read(window, sinks, kind):
+    """As on a GPU, where a prefill takes a whole window whatever there is of it."""
+
+    def after_anything(query, key, value, *rest):
+        key = F.pad(key, (0, 0, window, 0), value=9.0)
+        value = F.pad(value, (0, 0, window, 0), value=9.0)
+        return kernels.window_linear_attention(query, key, value, *rest, chunk=16)
+
+    inputs = random_inputs(40, kind)
+    expected = naive_window_linear_attention(*inputs, window, sinks)
+    near(from_nothing(after_anything, *inputs, window, sinks), expected)
+
+
 @pytest.fixture
 def two_threads():
     torch.set_num_threads(2)
