@@ -2566,7 +2566,13 @@ def test_a_tier_of_somebody_elses_goes_through_the_whole_story(llama, text, tmp_
         monkeypatch.setattr(module, "plan_costs", with_mean)
     costs = [{"S": 0.0, "X": 3.0, "L": 2.0, "M": 1.0}] * 3
     assert planner.plan_tier(costs, 1, 0).count("M") == 2
-    monkeypatch.setattr(planner, "plan_tier", lambda *_: "SML")
+    costs_of = planner.costs_of
+
+    def cheapest_in_the_middle(*given):
+        first, second, third = costs_of(*given)
+        return [first, second | {"M": -1.0}, third]
+
+    monkeypatch.setattr(planner, "costs_of", cheapest_in_the_middle)
     assert (
         layerboost.main(
             short_run(llama, text, tmp_path, "--measure", "kl", "--tokens", "1k", "--keep", "1")
@@ -2577,7 +2583,8 @@ def test_a_tier_of_somebody_elses_goes_through_the_whole_story(llama, text, tmp_
     assert len(scanned) == 3 and all(row["M"]["kl"] > 0 for row in scanned)
 
     model = load_model(str(tmp_path))
-    assert model.plan == "SML" and model.layers[1].self_attn.v_proj.weight.any()
+    assert model.plan[1] == "M" and model.plan.count("S") == 1
+    assert model.layers[1].self_attn.v_proj.weight.any()
     ids = torch.randint(0, 700, (1, 20))
     cache = model.new_cache(1, 20)
     with torch.no_grad():
