@@ -11,8 +11,8 @@ harm. --minutes finds the number of tokens for which the whole run takes that lo
 
 Work is counted, not timed, so that a run repeats on any machine. One token through all layers is 1;
 one token of healing is 6 (the teacher; the student, forward and back). A trial of the scan runs the
-layers from its own on, (n - i) / n. Where text is judged, the output head of both models is added,
-by its size.
+layers from its own on, (n - i) / n. Where text is judged, the output heads of both models are
+added, by their size, and their softmaxes.
 
 Seconds follow from two rates of this machine, of a forward pass and of a step of healing: one can
 be fast (bf16 products in AMX, say) where the other is not.
@@ -42,6 +42,7 @@ DECODING = 7_000  # the work of timing three models as they decode; a constant
 WRITING = 40_000  # that of writing with three models, if enough text is judged for it
 LEAST_STEPS = 8  # of healing, for which --minutes must have room
 MEASURING = 2.0  # seconds in which the speed of this machine is measured
+SUSTAINED = 0.9  # of that speed, since a processor slows down once it is warm
 
 # Sequences, the tokens of each, prompts of the recall measure.
 SCANS = (
@@ -56,9 +57,12 @@ SCANS = (
 SCAN_TOKENS = SCANS[-1][0] * SCANS[-1][1]  # at most, in a scan
 
 SERVED = 8192  # tokens at most of the text on which windows are weighed
-WEIGHING = 2.5  # the work per token of it
+WEIGHING = 4  # the work per token of it
 
 FITTED = 28  # tokens per input that a linear map is fitted on
+FITTING = 2  # the work per token of it
+
+SOFTMAX = 700  # the work of a softmax over the vocabulary, as columns of an output head
 
 # Validations, and the sequences of each.
 VALIDATIONS = (2, 1), (4, 1), (6, 1), (8, 2), (8, 3), (8, 4)
@@ -75,7 +79,7 @@ class Budget:
     tokens: int
     n_layers: int
     reach: int  # positions of the model
-    heads: float  # the work of two output heads on a token
+    heads: float  # the work of two output heads and their softmaxes on a token
     measures: list[str]  # of the scan
     scans: bool = True  # False where the plan, or a scan, is given
     served: int = 0  # tokens of the text that the scan weighs windows on
@@ -88,9 +92,9 @@ class Budget:
         self.context = min(CONTEXT, self.reach)  # tokens of a sequence to evaluate on
         self.healing = HEALING * self.tokens
 
-        # Fitting costs a pass of the base in the scan; before healing, one of each model.
-        self.fitting = FITTED * self.inputs
-        self.maps = 2 * self.fitting * self.removes
+        # Fitting reads with the base in the scan; before healing, with both models.
+        self.fitted = FITTED * self.inputs  # tokens
+        self.maps = (1 + FITTING) * self.fitted * self.removes
 
         self.scan_size = climb(SCANS, self.scan_work, self.healing / 2)
         self.scan = self.scan_work(*self.scan_size) if self.scans else 0.0
@@ -123,7 +127,7 @@ class Budget:
         n = self.n_layers
         passes = 2 + sum(2 * (n - i) / n for i in range(first, n))
         judging = (1 + 2 * (n - first)) * self.heads / 4
-        work = float(self.fitting + WEIGHING * self.served)
+        work = FITTING * self.fitted + WEIGHING * self.served
         if "kl" in self.measures:
             work += sequences * min(context, self.reach) * (passes + judging)
         if "recall" in self.measures:
@@ -195,7 +199,7 @@ def make_budget(model: Model, args, step: int, rates: Rates) -> Budget:
     shape = {
         "n_layers": len(model.layers),
         "reach": model.config.max_position_embeddings,
-        "heads": 2 * model.head.numel() / blocks,
+        "heads": 2 * len(model.head) * (model.config.hidden_size + SOFTMAX) / blocks,
         "measures": args.measure,
         "scans": not (args.plan or args.scan),
         "served": min(args.workload[1], SERVED) if weighs_windows(args) else 0,
@@ -272,9 +276,10 @@ def announce(model: Model, budget: Budget, rates: Rates, scanned: int, tokens: i
 
 
 def measure_rates(model: Model, settings: Healing, args) -> Rates:
-    """The median rates of forward passes and of steps of healing. The first of each is slower, and
-    left out unless it takes so long that there is no second. Most layers of the student are
-    linear, with a window such as a plan has, since the time of a step depends on that."""
+    """The rates of forward passes and of steps of healing that this machine sustains, from the
+    medians of a few. The first of each is slower, and left out unless it takes so long that there
+    is no second. Most layers of the student are linear, with a window such as a plan has, since
+    the time of a step depends on that."""
     tokens = min(1024, model.config.max_position_embeddings)
     text = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
 
@@ -305,5 +310,5 @@ def measure_rates(model: Model, settings: Healing, args) -> Rates:
         if end - began > MEASURING * (1 if rounds[1:] else 4):
             break
     passing, stepping = map(statistics.median, zip(*(rounds[1:] or rounds)))
-    own = tokens / passing, read.numel() / stepping
+    own = SUSTAINED * tokens / passing, SUSTAINED * read.numel() / stepping
     return Rates(*map(sum, zip(*gather(own))))

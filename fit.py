@@ -25,14 +25,20 @@ RIDGE = 1e-2  # lambda, as a share of the mean variance of an input
 BATCH = 4  # sequences that run together
 
 
-def least_squares(pairs, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
-    """W [d, d] and c [d] from pairs of x and y [..., d]. The sums are float64: the covariances are
-    small differences of large sums."""
+def least_squares(pairs, ridge: float = RIDGE, products=torch.float64) -> tuple[Tensor, Tensor]:
+    """W [d, d] and c [d] from pairs of x and y [..., d]; products: their dtype.
+
+    The covariances are small differences of large sums, so x and y are counted from the means of
+    the first pair, and summed in float64.
+    """
     count, sums = 0, None
     for x, y in pairs:
-        x, y = x.flatten(0, -2).double(), y.flatten(0, -2).double()
+        x, y = x.flatten(0, -2).to(products), y.flatten(0, -2).to(products)
+        if sums is None:
+            origin_x, origin_y = x.mean(0), y.mean(0)
+        x, y = x - origin_x, y - origin_y
         count += len(x)
-        more = (x.sum(0), y.sum(0), x.T @ x, y.T @ x)
+        more = [total.double() for total in (x.sum(0), y.sum(0), x.T @ x, y.T @ x)]
         sums = more if sums is None else [a + b for a, b in zip(sums, more)]
 
     mean_x, mean_y, xx, yx = (total / count for total in sums)
@@ -40,7 +46,7 @@ def least_squares(pairs, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
     yx = yx - mean_y[:, None] * mean_x
     xx.diagonal().add_(ridge * xx.diagonal().mean())
     weight = torch.linalg.solve(xx, yx, left=False)
-    return weight, mean_y - weight @ mean_x
+    return weight, mean_y + origin_y - weight @ (mean_x + origin_x)
 
 
 def fit_map(theirs: Block, ours: Block, their_stream, our_stream, rotary) -> None:
@@ -52,7 +58,9 @@ def fit_map(theirs: Block, ours: Block, their_stream, our_stream, rotary) -> Non
             attended = x + theirs.self_attn(theirs.input_layernorm(x), rotary)
             yield ours.input_layernorm(y), attended - y
 
-    weight, bias = least_squares(pairs())
+    # A GPU has few float64 units; a CPU gets the same weights wherever its memory is aligned.
+    products = torch.float32 if their_stream[0].is_cuda else torch.float64
+    weight, bias = least_squares(pairs(), products=products)
     ours.self_attn.map.weight.copy_(weight)
     ours.self_attn.map.bias.copy_(bias)
 

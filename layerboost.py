@@ -123,7 +123,7 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     train, valid = read_text(args, tokenizer, model.config, settings)
 
     # Scan and plan.
-    fitting = fitting_text(train, budget.fitting, SCAN_TOKENS)
+    fitting = fitting_text(train, budget.fitted, SCAN_TOKENS)
     layers = scan_layers(model, tokenizer, train, fitting, tiers, settings, budget, rates, args)
     plan, window = make_plan(model, layers, tiers, args)
     tiers["window"] = window

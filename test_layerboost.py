@@ -1156,16 +1156,17 @@ def test_serving_leaves_room_for_what_it_computes(llama, small_steps, card):
 # --- what stands where attention is removed ------------------------------------------------------
 
 
-def test_a_map_is_that_of_least_squares():
+@pytest.mark.parametrize("products,accuracy", [(torch.float64, 1e-8), (torch.float32, 1e-6)])
+def test_a_map_is_that_of_least_squares(products, accuracy):
     torch.manual_seed(0)
     x, y = torch.randn(2, 3, 200, 12)
     y += x @ torch.randn(12, 12) + 5
-    weight, bias = least_squares(zip(x, y), ridge=0.0)
+    weight, bias = least_squares(zip(x, y), ridge=0.0, products=products)
 
     inputs = torch.cat((x, torch.ones(3, 200, 1)), dim=-1).flatten(0, 1).double()
     expected = torch.linalg.lstsq(inputs, y.flatten(0, 1).double()).solution  # (13, 12)
-    near(weight, expected[:12].T, rtol=1e-8, atol=1e-8)
-    near(bias, expected[12], rtol=1e-8, atol=1e-8)
+    near(weight, expected[:12].T, rtol=accuracy, atol=accuracy)
+    near(bias, expected[12], rtol=accuracy, atol=accuracy)
 
 
 def test_maps_are_nothing_before_they_are_fitted_and_closer_to_the_original_after(llama, tmp_path):
@@ -1191,7 +1192,7 @@ def test_maps_are_the_same_for_every_budget():
     """A run that goes on to more tokens goes on with adapters that were trained on its maps."""
     train = torch.arange(200_000 // 512 * 512).view(-1, 512)
     parts = [
-        fitting_text(train, a_budget(tokens, inputs=576, removes=True).fitting, SCAN_TOKENS)
+        fitting_text(train, a_budget(tokens, inputs=576, removes=True).fitted, SCAN_TOKENS)
         for tokens in (8_000, 36_000, 10**7)
     ]
     assert parts[0].numel() == 28 * 576 // 512 * 512 and parts[0].min() >= 4 * 2048
@@ -1717,7 +1718,7 @@ def test_work_by_hand():
     assert budget.evaluation_work(2, 5, 512) == pytest.approx(3 * (2 * 2048 * 1.4 + 5 * 768))
     longer = a_budget(10_000, n_layers=2, heads=0.4, served=400)
     more = longer.scan_work(1, 100, {}) - budget.scan_work(1, 100, {})
-    assert more == pytest.approx(2.5 * 400)  # a pass of the base, and its attention with 15 windows
+    assert more == 4 * 400  # a pass of the base, and its attention with 15 windows
 
 
 def test_healing_reads_beyond_the_window_where_its_tokens_allow():
@@ -1747,7 +1748,7 @@ def test_minutes_become_tokens_once(llama, text, tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(layerboost, "save_model", stop)  # after healing
-    for rate in (1e4, 6e4):
+    for rate in (1e4, 2e5):
         rates = Rates(rate, rate / 6)
         monkeypatch.setattr(layerboost, "measure_rates", lambda *_, rates=rates: rates)
         assert layerboost.main(flags) == (2 if rate == 1e4 else 130)
