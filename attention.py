@@ -321,6 +321,10 @@ class WindowLinearAttention(SoftmaxAttention):
         before = window
         if positions.device.type == "cpu" and not torch.compiler.is_compiling():
             before = min(window, int(positions.max()))
+        if before == 0 and tokens <= window:  # every token's slot is its position
+            cache.key[:, :, :tokens] = key
+            cache.value[:, :, :tokens] = value
+            return self.attend(query, key, value)
 
         # Those, oldest first, then the new tokens.
         position = positions[:, None] - before + torch.arange(before, device=key.device)
@@ -338,13 +342,19 @@ class WindowLinearAttention(SoftmaxAttention):
         sink_key.copy_(torch.where(is_new, take(key, offset), sink_key))
         sink_value.copy_(torch.where(is_new, take(value, offset), sink_value))
 
-        past = Past(positions, sink_key, sink_value, cache.state, cache.norm)
-        out, phi_key = self.continue_from(past, query, keys, values)
+        # The first `window` queries of a sequence see all that is before them.
+        alone = 0 if before else window
+        past = Past(positions + alone, sink_key, sink_value, cache.state, cache.norm)
+        out, phi_key = self.continue_from(past, query[:, :, alone:], keys, values)
+        if alone:
+            first = self.attend(query[:, :, :alone], key[:, :, :alone], value[:, :, :alone])
+            out = torch.cat((first, out), dim=2)
         if phi_key is not None:
+            n = phi_key.shape[2]
             if new is not None:
-                real = torch.arange(tokens, device=key.device) < end
+                real = torch.arange(tokens - n, tokens, device=key.device) < end
                 phi_key = phi_key * real[:, None, :, None]
-            cache.state += phi_key.mT @ leaving_window(values, tokens, window).float()
+            cache.state += phi_key.mT @ leaving_window(values, n, window).float()
             cache.norm += phi_key.sum(2)
 
         # The last tokens, as many as the window and the new ones have in common, to their slots.

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import kernels
 from terminal import progress
 
 enabled = True
@@ -39,6 +40,27 @@ def runs(x: Tensor) -> bool:
 
 
 # --- the twins ---------------------------------------------------------------------------------
+
+
+def softmax_attention(query, key, value, start=None, sliding_window: int | None = None) -> Tensor:
+    """Where as many keys precede the queries of each sequence, in two parts, neither under a mask:
+    the queries over those, and over their own."""
+    before = key.shape[2] - query.shape[2]
+    parts = before and not sliding_window and not torch.compiler.is_compiling()
+    if not parts or (start != before).any():
+        return kernels.softmax_attention(query, key, value, start, sliding_window)
+
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    rows = kernels.group_heads(query, key.shape[1])
+    earlier, earlier_sum = attend(rows, key[:, :, :before], value[:, :, :before])
+    ratio = query.shape[1] // key.shape[1]
+    own = [x[:, :, before:].repeat_interleave(ratio, 1) for x in (key, value)]
+    out, log_sum = attend(query, *own, is_causal=True)
+    earlier_sum = earlier_sum.reshape(log_sum.shape)[..., None]
+    joined = kernels.join_terms(
+        out, log_sum[..., None], earlier.reshape(query.shape), torch.ones(()), earlier_sum
+    )
+    return joined.to(query.dtype)
 
 
 def softmax_step(

@@ -24,6 +24,7 @@ from attention import SoftmaxCache, compiles
 from kernels import feature_size
 from model import Cache, Model, cache_bytes, cache_tensors, compiled_block
 
+CHUNK = 2048  # tokens of prompts that are read between two steps: enough to keep a GPU busy
 SMALLEST = 4  # slots of a step, and what its sizes differ by at least
 GRAPHS = 2**28  # bytes that recorded steps and cuBLAS take for themselves
 PADDING = 128  # on a GPU, prompts are padded to a multiple of this many tokens
@@ -127,7 +128,7 @@ class Engine:
                     f"slot, {self.room} tokens; give the engine more room"
                 )
             longest = max(longest, padded(tokens, self.model.device))
-            if taken and longest * (len(taken) + 1) > chunk_tokens(self.model.device):
+            if taken and longest * (len(taken) + 1) > CHUNK:
                 break
             taken.append(waiting.popleft())
         return taken
@@ -256,11 +257,6 @@ def runs_ahead(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def chunk_tokens(device: torch.device) -> int:
-    """Tokens of prompts that are read between two steps: enough to keep the device busy."""
-    return 2048 if device.type == "cuda" else 512
-
-
 def padded(tokens: int, device: torch.device) -> int:
     """The length at which a prompt is read."""
     return -(-tokens // PADDING) * PADDING if runs_ahead(device) else tokens
@@ -274,9 +270,8 @@ def working_bytes(model: Model, room: int, shortest: int) -> tuple[float, float]
     chunk. Per slot: the activations of one layer on a token, and the logits."""
     c = model.config
     size = model.norm.weight.element_size()
-    chunk = chunk_tokens(model.device)
     shortest = padded(shortest, model.device)
-    together = max(1, chunk // shortest)
+    together = max(1, CHUNK // shortest)
     prompts = max(cache_bytes(model, room), together * cache_bytes(model, shortest))
 
     # Gate, up, silu(gate) and their product; the residual stream before and after, its norm.
@@ -289,7 +284,7 @@ def working_bytes(model: Model, room: int, shortest: int) -> tuple[float, float]
         seen = c.window + c.sinks + max(64, c.window // 4)  # by a query, and beside it in its chunk
         token = max(token, c.num_attention_heads * 4 * (3 * seen + 6 * D + 4 * F))
         state = 4 * c.num_key_value_heads * F * (D + 1)
-    return prompts + chunk * token + GRAPHS, token + state + size * c.vocab_size
+    return prompts + CHUNK * token + GRAPHS, token + state + size * c.vocab_size
 
 
 def prefill(model: Model, prompts: list[Tensor], cache: Cache, block=None):
@@ -303,7 +298,7 @@ def prefill(model: Model, prompts: list[Tensor], cache: Cache, block=None):
     sequence = torch.arange(len(prompts), device=model.device)
     is_padded = ids.shape[1] > min(map(len, prompts))
     read = 0
-    for chunk in ids.split(chunk_tokens(model.device), dim=1):
+    for chunk in ids.split(CHUNK, dim=1):
         tokens = chunk.shape[1]
         cache.resize(read + tokens)
         new = (lengths - read).clamp(max=tokens)

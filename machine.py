@@ -6,6 +6,7 @@ which takes three operations: rank and world size (`rank_and_world`), the sum of
 process, and they do nothing.
 """
 
+import ctypes
 import math
 import os
 import platform
@@ -26,6 +27,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's numbers of two settings of malloc
 
 held = []  # (folder, its handle, whether it is new) for each folder that this process holds
 
@@ -133,6 +136,15 @@ def start_process(device: str | None) -> str:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return device
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep the blocks up to 32 MiB that the process frees. Otherwise the memory of a
+    layer's activations goes back to the system after it, to be cleared anew for the next."""
+    with suppress(AttributeError, OSError, TypeError):  # other C libraries
+        libc = ctypes.CDLL(None)
+        libc.mallopt(MMAP_THRESHOLD, 2**25)
+        libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
 
 
 def pick_device(name: str | None) -> str:

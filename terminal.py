@@ -15,7 +15,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from hub import InputError
-from machine import Diverged, ProcessLost, is_main_process, release_folders
+from machine import Diverged, ProcessLost, is_main_process, keep_freed_memory, release_folders
 
 BEAT_SECONDS = 2  # between two updates of a bar's clock
 LINE_SECONDS = 30  # between two lines where stderr is no terminal
@@ -96,6 +96,7 @@ def run_program(name: str, run, kept=lambda: "") -> int:
     code, message = 0, ""
     speaks = is_main_process()
     mend_streams()
+    keep_freed_memory()
     try:
         with interrupts(signal.default_int_handler):
             run()

@@ -396,19 +396,22 @@ def test_softmax_attention_equals_the_formula(tokens, sliding_window):
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
 @pytest.mark.parametrize("sliding_window", [None, 40])
 @pytest.mark.parametrize("tokens,keys", [(1, 1), (24, 90), (77, 200)])
+@pytest.mark.parametrize("beyond", [0, 5])
 def test_softmax_attention_reads_no_keys_beyond_its_queries(
-    tokens, keys, sliding_window, dtype, tolerance
+    beyond, tokens, keys, sliding_window, dtype, tolerance
 ):
+    """Nor does its twin on a CPU, which needs no mask where there are none."""
     inputs = [x.to(dtype) for x in random_leaves(keys, "none")]
     exact = kernels.naive_softmax_attention(*(x.float() for x in inputs), sliding_window)
     exact = exact[:, :, -tokens:]
 
     query, key, value = inputs
-    key = F.pad(key, (0, 0, 0, 5), value=9.0)
-    value = F.pad(value, (0, 0, 0, 5), value=9.0)
+    key = F.pad(key, (0, 0, 0, beyond), value=9.0)
+    value = F.pad(value, (0, 0, 0, beyond), value=9.0)
     start = torch.full((2,), keys - tokens)
-    out = kernels.softmax_attention(query[:, :, -tokens:], key, value, start, sliding_window)
-    assert (out.float() - exact).norm() / exact.norm() < tolerance
+    for module in (kernels, cpu):
+        out = module.softmax_attention(query[:, :, -tokens:], key, value, start, sliding_window)
+        assert (out.float() - exact).norm() / exact.norm() < tolerance
 
 
 def flash_by_its_documentation(
@@ -890,10 +893,10 @@ def small_steps(request, monkeypatch):
     would be replayed is called."""
     monkeypatch.setattr(engine_module, "SMALLEST", 2)
     if request.param == "as on a CPU":
-        monkeypatch.setattr(engine_module, "chunk_tokens", lambda device: 13)
+        monkeypatch.setattr(engine_module, "CHUNK", 13)
         return
 
-    monkeypatch.setattr(engine_module, "chunk_tokens", lambda device: 64)
+    monkeypatch.setattr(engine_module, "CHUNK", 64)
     monkeypatch.setattr(engine_module, "PADDING", 8)
     monkeypatch.setattr(engine_module, "record", run_once_and_return)
     monkeypatch.setattr(engine_module, "runs_ahead", lambda device: True)
@@ -1093,7 +1096,7 @@ class LiveBytes(TorchDispatchMode):
 def test_the_memory_of_serving_is_predicted(plan, monkeypatch):
     """Two layers of Llama-3.1-8B: prompts that are read, and a step with its logits, take no more,
     and not much less."""
-    monkeypatch.setattr(engine_module, "chunk_tokens", lambda device: 2048)
+    monkeypatch.setattr(engine_module, "CHUNK", 2048)
     monkeypatch.setattr(engine_module, "GRAPHS", 0)
     monkeypatch.setitem(predict.SHAPES, "8b", (4096, 14336, 2, 32, 8, 128, 128256, False))
     model = convert(predict.build_shape("8b", torch.bfloat16, "meta"), plan)

@@ -1,6 +1,7 @@
 """One cache, spent in many ways: what knowing the layers is worth, at equal bytes.
 
     python results/equal.py MODEL [ROW ...] --data FILE --valid FILE [--tasks FILE ...]
+    python results/equal.py MODEL ROW ... --data FILE --valid FILE --recall 200
     python results/equal.py MODEL --data FILE --valid FILE --speed
     python results/equal.py --table [--beside ROW]
 
@@ -9,7 +10,9 @@ default tier L do (30% of SmolLM2's own): its L layers get the window that this 
 --paper's, which is fixed, and those that have no window at all. Every row learns from the same 48k
 tokens, those that maps are fitted on among them. Judged on held-out text by position, passkeys,
 what the model writes and question files; DIR gets ROW.json at once, and what is there is not
-measured again. --speed runs decoding steps of 16 x 4,096 of all rows in turn.
+measured again. --recall measures more passkeys alone, of rows that are healed (their checkpoints
+are in DIR) and of the original, into recall.json. --speed runs decoding steps of 16 x 4,096 of all
+rows in turn.
 """
 
 import argparse
@@ -151,12 +154,8 @@ class Judge:
 
     def on_prompts(self, model: Model) -> dict:
         """{length: whether each passkey is repeated}, question files, and what is written."""
-        figures = {"recall": {}, "tasks": {}}
-        for length in LENGTHS:
-            count = self.passkeys // len(measure.RECALL_DEPTHS)
-            prompts = measure.passkey_prompts(self.tokenizer, self.valid, length, count=count)
-            scored = measure.score_answers(model, prompts, f"passkey at {length}")
-            figures["recall"][str(length)] = [int(answer.greedy) for answer in scored]
+        recall = recall_by_length(model, self.tokenizer, self.valid, self.passkeys, LENGTHS)
+        figures = {"recall": recall, "tasks": {}}
         for name, items in self.tasks.items():
             quality = measure.task_quality(model, self.tokenizer, name, items)
             figures["tasks"][name] = quality
@@ -165,15 +164,28 @@ class Judge:
         return figures | {"writing": written}
 
 
+def recall_by_length(
+    model: Model, tokenizer, text: Tensor, passkeys: int, lengths
+) -> dict[str, list[int]]:
+    """Of each passkey whether it is repeated."""
+    recalled = {}
+    for length in lengths:
+        count = passkeys // len(measure.RECALL_DEPTHS)
+        prompts = measure.passkey_prompts(tokenizer, text, length, count=count)
+        scored = measure.score_answers(model, prompts, f"passkey at {length}")
+        recalled[str(length)] = [int(answer.greedy) for answer in scored]
+    return recalled
+
+
 def spans():
     return zip(EDGES, EDGES[1:])
 
 
-def run_row(
-    base: Model, judge: Judge, train: Tensor, name: str, settings: dict, tokens: int, path: Path
-) -> None:
-    """Converts, fits, heals and measures one row, and writes its file."""
-    start = time.monotonic()
+def heal_row(
+    base: Model, valid: Tensor, train: Tensor, settings: dict, tokens: int, path: Path
+) -> tuple[Model, int]:
+    """Converts, fits and heals, or goes on from a checkpoint. Returns the model, and how many
+    tokens it was healed on."""
     plan, context = settings["plan"], settings["context"]
     tiers = {key: x for key, x in settings.items() if key not in ("plan", "context")}
     student = convert(base, plan, **tiers)
@@ -181,7 +193,6 @@ def run_row(
     if tiers.get("removed") == "linear":
         fit_maps(base, student, train.view(-1, 512)[-FITTED // 512 :])
         tokens -= FITTED
-    result = {"name": name, "settings": settings, "cache_bytes": cache_bytes(student, CONTEXT)}
 
     healing = Healing(tokens, context=context, validations=2)
     if not tail_names(student):  # nothing to train alone
@@ -189,9 +200,19 @@ def run_row(
     identity = {"model": fingerprint(*base.parameters()), "plan": plan, "settings": settings}
     checkpoint = path.with_suffix(".safetensors")
     text = train.view(-1, context)
-    heal(base, student, text, judge.valid[:2, :2048], healing, checkpoint, identity)
+    heal(base, student, text, valid[:2, :2048], healing, checkpoint, identity)
+    return student, healing.trained_tokens
+
+
+def run_row(
+    base: Model, judge: Judge, train: Tensor, name: str, settings: dict, tokens: int, path: Path
+) -> None:
+    """Heals and measures one row, and writes its file."""
+    start = time.monotonic()
+    student, healed_tokens = heal_row(base, judge.valid, train, settings, tokens, path)
+    result = {"name": name, "settings": settings, "cache_bytes": cache_bytes(student, CONTEXT)}
     result["healed"] = judge.on_text(student) | judge.on_prompts(student)
-    result["healed_tokens"] = healing.trained_tokens
+    result["healed_tokens"] = healed_tokens
     result["seconds"] = time.monotonic() - start
     write_json(path, result)
 
@@ -222,6 +243,7 @@ def print_tables(folder: Path, beside: str) -> None:
     files = {path.stem: read_json(path) for path in folder.glob("*.json")}
     made = {row.get("name", stem): row for stem, row in files.items()}
     speeds = made.pop("speed", {})
+    recall = made.pop("recall", {})
     original = made.pop("original")
     made = {"original": {"healed": original}} | made
     made = dict(sorted(made.items(), key=lambda row: measure.mean(whole(row[1]["healed"]["kl"]))))
@@ -257,6 +279,40 @@ def print_tables(folder: Path, beside: str) -> None:
             cells.append(form.format(*mean_and_error([a - b for a, b in zip(ours, theirs)])))
         rows.append(cells)
     print(f"\n{format_table(rows)}")
+    if recall:
+        print_recall(recall, beside)
+
+
+def print_recall(recall: dict[str, dict[str, list[int]]], beside: str) -> None:
+    """The recall of more passkeys, and how each row differs from one, passkey by passkey."""
+    other = recall.get(beside, recall["original"])
+    count = max(len(x) for row in recall.values() for x in row.values())
+    rows = [[f"recall of {count}, less {beside}", *next(iter(recall.values()))]]
+    for name, row in recall.items():
+        cells = [name]
+        for length, recalled in row.items():
+            share, error = mean_and_error(recalled)
+            more, spread = mean_and_error([a - b for a, b in zip(recalled, other[length])])
+            cells.append(f"{share:.1%} ±{error:.1%}, {more:+.1%} ±{spread:.1%}")
+        rows.append(cells)
+    print(f"\n{format_table(rows)}")
+
+
+def run_recall(
+    base: Model, tokenizer, valid: Tensor, train: Tensor, rows: dict, args, path: Path
+) -> None:
+    """Passkeys of the original and of healed rows; what is in the file is not measured again."""
+    made = read_json(path) if path.exists() else {}
+    for length, name in itertools.product(args.lengths, ["original", *rows]):
+        recalled = made.setdefault(name, {})
+        if str(length) in recalled:
+            continue
+        model = base
+        if name != "original":
+            file = file_of(args.out, name)
+            model, _ = heal_row(base, valid, train, rows[name], args.tokens, file)
+        recalled |= recall_by_length(model, tokenizer, valid, args.recall, [length])
+        write_json(path, made)
 
 
 def run_speed(base: Model, rows: dict[str, dict], path: Path) -> None:
@@ -282,6 +338,8 @@ def main() -> None:
     add("--tokens", type=token_count, default=49_152, help="[%(default)s]")
     add("--sequences", type=int, default=8, help="of 4,096 tokens [%(default)s]")
     add("--passkeys", type=int, default=10, help="a length [%(default)s]")
+    add("--recall", type=int, metavar="N", help="measure N passkeys a length alone")
+    add("--lengths", nargs="+", type=int, default=[1024, 2048, 4096], help="for --recall")
     add("--speed", action="store_true")
     add("--table", action="store_true")
     add("--beside", default=PLANNED, help="row that others are compared with [%(default)s]")
@@ -307,6 +365,11 @@ def main() -> None:
     text = read_documents(args.data)
     train = pack_sequences(text, tokenizer, eos, CONTEXT, 2 * args.tokens)
     tasks = {name: x[: args.items] for name, x in measure.read_tasks(args.tasks).items()}
+
+    if args.recall:
+        rows = {name: rows[name] for name in args.rows}
+        run_recall(base, tokenizer, valid, train, rows, args, args.out / "recall.json")
+        return
 
     judge = Judge(base, tokenizer, valid, args.passkeys, tasks)
     path = args.out / "original.json"
