@@ -342,7 +342,7 @@ class WindowLinearAttention(SoftmaxAttention):
         sink_key.copy_(torch.where(is_new, take(key, offset), sink_key))
         sink_value.copy_(torch.where(is_new, take(value, offset), sink_value))
 
-        # The first `window` queries of a sequence see all that is before them.
+        # The first `window` queries of a sequence see all tokens before them: softmax attention.
         alone = 0 if before else window
         past = Past(positions + alone, sink_key, sink_value, cache.state, cache.norm)
         out, phi_key = self.continue_from(past, query[:, :, alone:], keys, values)

@@ -1,5 +1,5 @@
-"""Optional: the functions of kernels.py that run faster as C++ on a CPU (cpu.cpp), and how it is
-built.
+"""Optional: faster twins of functions of kernels.py on a CPU, most of them C++ (cpu.cpp), and how
+that is built.
 
 Each twin has the signature of its original. `runs(x)` says whether it can be used: on the CPU,
 without gradients, if a C++ compiler works; otherwise one warning is printed and torch runs
@@ -43,11 +43,11 @@ def runs(x: Tensor) -> bool:
 
 
 def softmax_attention(query, key, value, start=None, sliding_window: int | None = None) -> Tensor:
-    """Where as many keys precede the queries of each sequence, in two parts, neither under a mask:
-    the queries over those, and over their own."""
+    """Without a mask where every sequence has equally many keys before its queries: attention over
+    those keys, and causal attention over the queries' own, joined by their log-sums."""
     before = key.shape[2] - query.shape[2]
-    parts = before and not sliding_window and not torch.compiler.is_compiling()
-    if not parts or (start != before).any():
+    in_parts = before and not sliding_window and not torch.compiler.is_compiling()
+    if not in_parts or (start != before).any():
         return kernels.softmax_attention(query, key, value, start, sliding_window)
 
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
