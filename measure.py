@@ -117,8 +117,9 @@ def text_quality(
     """{name: {perplexity, bits_per_byte, kl, agreement, errors}} on sequences [N, T] of ids, kl and
     agreement against `base`, whose `hidden_states` on them are made here where they are not given.
     Bits per UTF-8 byte of the text, special tokens left out, are perplexity made comparable between
-    tokenizers. `errors` has the standard error of each of the four, from how the sequences
-    differ."""
+    tokenizers. `errors` has the standard error of each of the four, from how the sequences differ;
+    that of agreement is at least what so many independent tokens leave, since two sequences may
+    agree equally often by chance."""
     batches = sequences.to(base.device).split(TEXT_BATCH)
     base_states = base_states or hidden_states(base, batches)
     sums: dict[str, list[Tensor]] = {name: [] for name in models}
@@ -149,17 +150,19 @@ def text_figures(sums: Tensor, sizes: Tensor, tokens: int) -> dict:
     kl, same = sums[1:] / tokens
     bits = sums[0] / math.log(2)
     bits_per_byte = float(bits.sum() / sizes.sum())
+    agreement = float(same.mean())
+    independent = (agreement * (1 - agreement) / (tokens * len(same))) ** 0.5
     errors = {
         "perplexity": perplexity(float(nll.mean())) * standard_error(nll),
         "bits_per_byte": standard_error(bits - bits_per_byte * sizes) / float(sizes.mean()),
         "kl": standard_error(kl),
-        "agreement": standard_error(same),
+        "agreement": max(standard_error(same), independent),
     }
     return {
         "perplexity": perplexity(float(nll.mean())),
         "bits_per_byte": bits_per_byte,
         "kl": float(kl.mean()),
-        "agreement": float(same.mean()),
+        "agreement": agreement,
         "errors": errors,
     }
 
@@ -427,13 +430,17 @@ def task_quality(model: Model, tokenizer: Tokenizer, name: str, items: list[dict
 
 def task_accuracy(items: list[dict], scored: list[list[Scored]]) -> dict:
     """The figures of one file, from the scored choices of each item: `items`, `accuracy`, and by
-    format `accuracy_norm` (by log-likelihood per byte) or `perplexity` (of LAMBADA's last word)."""
+    format `accuracy_norm` (by log-likelihood per byte) or `perplexity` (of LAMBADA's last word)
+    with its standard error `perplexity_error`."""
     if "gold" not in items[0]:
         answers = [choices[0] for choices in scored]
+        nll = torch.tensor([-answer.log_likelihood for answer in answers], dtype=torch.float64)
+        value = perplexity(float(nll.mean()))
         return {
             "items": len(items),
             "accuracy": mean(answer.greedy for answer in answers),
-            "perplexity": perplexity(-mean(answer.log_likelihood for answer in answers)),
+            "perplexity": value,
+            "perplexity_error": value * standard_error(nll),
         }
 
     gold = [item["gold"] for item in items]

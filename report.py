@@ -167,7 +167,8 @@ def measures(figures: dict) -> dict[str, tuple[int, float, float, str]]:
             per_byte = share(result["accuracy_norm"], items, ".1%")
             rows[f"{task} accuracy, per byte ({items})"] = per_byte
         if "perplexity" in result:
-            rows[f"{task} perplexity ({items})"] = -1, result["perplexity"], 0, ".2f"
+            value, error = result["perplexity"], result["perplexity_error"]
+            rows[f"{task} perplexity ({items})"] = -1, value, error, ".2f"
     for tokens, size in figures["cache_bytes"].items():
         rows[f"cache of a sequence of {tokens}, MiB"] = -1, size / 2**20, 0, ".2f"
     decoding = "decode, tokens/s ({} sequences of {})".format(*figures["decoded"])

@@ -2214,6 +2214,8 @@ def test_errors_by_their_definition():
     left = torch.tensor([3 - 360 / 70, 6 - 360 / 70, 9 - 540 / 70]).double() / math.log(2)
     errors = measure.text_figures(torch.stack((nll, kl, same)), sizes, 4)["errors"]
     assert errors["bits_per_byte"] == pytest.approx(float(left.std()) / 3**0.5 / (35 / 3))
+    alike = measure.text_figures(torch.stack((nll, kl, torch.full((3,), 3.0))), sizes, 4)
+    assert alike["errors"]["agreement"] == pytest.approx((0.75 * 0.25 / 12) ** 0.5)  # 9 of 12
     assert measure.standard_error(torch.ones(1)) == 0  # one sequence tells none
 
     # One of two trials right leaves a share around 1/2 with the variance 1/20; many, p (1 - p) / n.
@@ -2288,8 +2290,9 @@ def test_questions_are_asked_and_judged_in_three_formats(llama):
     last = {"context": "I saw a", "continuation": "dog"}
     assert shown(last) == [("I saw a", " dog")]
     figures = judged([last, last], [(-1.0, True)], [(-3.0, False)])
-    perplexity = pytest.approx(math.exp(2.0))
-    assert figures == {"items": 2, "accuracy": 0.5, "perplexity": perplexity}
+    assert (figures["items"], figures["accuracy"]) == (2, 0.5)
+    assert figures["perplexity"] == pytest.approx(math.exp(2.0))
+    assert figures["perplexity_error"] == pytest.approx(math.exp(2.0))  # of 1 and 3 nats: 1
     assert math.isfinite(judged([last], [(-1e6, False)])["perplexity"])
 
 
