@@ -15,6 +15,9 @@ together, `new` [B] is the length of each, and the rest of its row is padding. T
 kernels.py; cpu.py and gpu.py have faster twins of some.
 """
 
+from itertools import accumulate
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,6 +60,58 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class Joined(NamedTuple):
+    """Layers that share their input, as one: a product in place of two or three. The parameters of
+    the layers, `parts`, are views of `weight` and `bias`, so a change in place reaches both."""
+
+    weight: Tensor
+    bias: Tensor | None
+    parts: list[Tensor | None]
+
+
+def join(*layers: nn.Module) -> Joined | None:
+    """None for layers that are not plain, such as those with adapters."""
+    if any(type(layer) is not Linear for layer in layers):
+        return None
+    parts = parameters(layers)
+    weights, biases = parts[::2], parts[1::2]
+    bias = None if biases[0] is None else side_by_side(biases)
+    return Joined(side_by_side(weights), bias, parts)
+
+
+def parameters(layers) -> list[Tensor | None]:
+    return [x for layer in layers for x in (layer.weight, layer.bias)]
+
+
+def side_by_side(parts: list[Tensor]) -> Tensor:
+    """Parameters [n_i, ...] as one tensor, of which they become views; another model that shares
+    them may have made them so already."""
+    storages = {part.untyped_storage().data_ptr() for part in parts}
+    starts = [part.storage_offset() - parts[0].storage_offset() for part in parts]
+    if len(storages) == 1 and starts == [0, *accumulate(x.numel() for x in parts[:-1])]:
+        size = (sum(map(len, parts)), *parts[0].shape[1:])
+        return parts[0].data.as_strided(size, parts[0].stride())
+
+    together = torch.cat([part.data for part in parts])
+    for part, view in zip(parts, together.split([len(part) for part in parts]), strict=True):
+        part.data = view
+    if together.is_cuda:
+        torch.cuda.empty_cache()  # else the freed parts, too small for the next, would pile up
+    return together
+
+
+def products(x: Tensor, joined: Joined | None, *layers: nn.Module):
+    """layer(x) for each layer: by one product if no gradient is wanted and `joined` was made of the
+    parameters that the layers have now."""
+    usable = joined is not None and not torch.is_grad_enabled()
+    if not usable or any(type(layer) is not Linear for layer in layers):
+        return [layer(x) for layer in layers]
+    if any(now is not part for now, part in zip(parameters(layers), joined.parts)):
+        return [layer(x) for layer in layers]
+    y = linear(x, joined.weight, joined.bias)
+    return y.split([layer.out_features for layer in layers], dim=-1)
 
 
 class RMSNorm(nn.Module):
@@ -105,6 +160,7 @@ class SoftmaxAttention(nn.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(D, config.rms_norm_eps)
             self.k_norm = RMSNorm(D, config.rms_norm_eps)
+        self.joined: Joined | None = None  # query, key and value
 
     def forward(self, x: Tensor, rotary, cache=None, positions=None, new=None) -> Tensor:
         query, key, value = self.project(x, rotary)
@@ -120,13 +176,15 @@ class SoftmaxAttention(nn.Module):
         """[B, T, hidden_size] -> rotated query [B, H, T, D] and key [B, G, T, D], value [B, G, T,
         D]."""
         D = self.config.head_dim
-        query = self.q_proj(x).unflatten(-1, (-1, D)).transpose(1, 2)
-        key = self.k_proj(x).unflatten(-1, (-1, D)).transpose(1, 2)
-        value = self.v_proj(x).unflatten(-1, (-1, D)).transpose(1, 2)
+        heads = products(x, self.joined, self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (y.unflatten(-1, (-1, D)).transpose(1, 2) for y in heads)
         if self.config.qk_norm:
             query = self.q_norm(query)
             key = self.k_norm(key)
         return apply_rotary(query, *rotary), apply_rotary(key, *rotary), value
+
+    def join(self) -> None:
+        self.joined = join(self.q_proj, self.k_proj, self.v_proj)
 
     # Each of these three gives [B, H, T, D].
 
@@ -391,6 +449,9 @@ class LinearMap(nn.Module):
     def __init__(self, config, layer: int):
         super().__init__()
         self.map = Linear(config.hidden_size, config.hidden_size)
+
+    def join(self) -> None:
+        """It is one product already."""
 
     def forward(self, x: Tensor, rotary, cache=None, positions=None, new=None) -> Tensor:
         return self.map(x)

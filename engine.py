@@ -206,9 +206,11 @@ class Engine:
         return self.token[:size]
 
     def prepare(self) -> None:
-        """Discards steps that were made for other weights. On a GPU, makes those of all sizes:
-        making one runs it, which must not happen while a sequence is live. The largest comes first,
-        so that the others can share its memory."""
+        """Discards steps that were made for other weights. On a GPU, joins products and makes the
+        steps of all sizes: making one runs it, which must not happen while a sequence is live. The
+        largest comes first, so that the others can share its memory."""
+        if self.on_gpu:
+            self.model.join()
         weights = weights_version(self.model)
         if weights != self.weights:
             self.forget_steps()

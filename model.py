@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import Linear, RMSNorm, SoftmaxCache, linear, tier_of
+from attention import Joined, Linear, RMSNorm, SoftmaxCache, join, linear, products, tier_of
 from config import Config, check_settings, default_window, parse_plan, read_config
 from hub import InputError, find_model
 from kernels import swiglu
@@ -38,9 +38,13 @@ class MLP(nn.Module):
         self.gate_proj = Linear(size, inner, bias=bias)
         self.up_proj = Linear(size, inner, bias=bias)
         self.down_proj = Linear(inner, size, bias=bias)
+        self.joined: Joined | None = None  # gate and up
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(*products(x, self.joined, self.gate_proj, self.up_proj)))
+
+    def join(self) -> None:
+        self.joined = join(self.gate_proj, self.up_proj)
 
 
 class Block(nn.Module):
@@ -136,11 +140,24 @@ class Model(nn.Module):
         """`.to(dtype)`, `.bfloat16()` and the like leave what is FLOAT32 as it is: a frequency
         rounded to bf16 is off by up to a radian after 512 tokens."""
         exact = {name: x.data for name, x in self.named_tensors() if FLOAT32.search(name)}
+        for module in self.modules():
+            if hasattr(module, "joined"):
+                module.joined = None
         super()._apply(function, recurse)
         for name, x in self.named_tensors():
             if name in exact and x.dtype != torch.float32:
                 x.data = exact[name].to(x.device)
         return self
+
+    @torch.inference_mode(False)
+    def join(self) -> None:
+        """Of each layer, makes query, key and value one product without gradients, and gate and up
+        another: fewer kernels to launch. The parameters become views of the tensors that these
+        products read, so there is no second copy; `.to` undoes it."""
+        for layer in self.layers:
+            if layer.self_attn is not None:
+                layer.self_attn.join()
+            layer.mlp.join()
 
     def named_tensors(self):
         yield from self.named_parameters()
