@@ -94,7 +94,6 @@ class Budget:
 
         # Fitting reads with the base in the scan; before healing, with both models.
         self.fitted = FITTED * self.inputs  # tokens
-        self.maps = (1 + FITTING) * self.fitted * self.removes
 
         self.scan_size = climb(SCANS, self.scan_work, self.healing / 2)
         self.scan = self.scan_work(*self.scan_size) if self.scans else 0.0
@@ -115,6 +114,17 @@ class Budget:
         self.evaluation = self.evaluation_work(*evaluation)
         self.sequences, self.passkeys, longest = evaluation
         self.recall_lengths = self.lengths_to(longest)
+
+    def settle(self, sequences: int) -> None:
+        """Evaluates on so many sequences at most, since the text may be short."""
+        self.sequences = min(self.sequences, sequences)
+        self.watched = min(self.watched, sequences)
+        longest = self.recall_lengths[-1]
+        self.evaluation = self.evaluation_work(self.sequences, self.passkeys, longest)
+
+    @property
+    def maps(self) -> float:
+        return (1 + FITTING) * self.fitted * self.removes
 
     @property
     def total(self) -> float:

@@ -121,11 +121,14 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     args.tokens, args.sequences, args.passkeys = budget.tokens, budget.sequences, budget.passkeys
     settings = healing_settings(model, budget.tokens, budget.validations, args)
     train, valid = read_text(args, tokenizer, model.config, settings)
+    budget.settle(len(valid))
 
     # Scan and plan.
     fitting = fitting_text(train, budget.fitted, SCAN_TOKENS)
     layers = scan_layers(model, tokenizer, train, fitting, tiers, settings, budget, rates, args)
-    plan, window = make_plan(model, layers, tiers, args)
+    plan, window, choices = make_plan(model, layers, tiers, args)
+    if choices:
+        show_plan(layers, plan, window, choices, args)
     tiers["window"] = window
     say(f"\nPlan: {plan}", *planner.describe_plan(model, plan, tiers, layers, args.measure))
 
@@ -260,6 +263,8 @@ def scan_layers(
     count, longest = budget.calibration
     path, same, layers = earlier_scan(model, train, tiers, budget, args)
     scanned = scan.count_trials(layers) // len(scan.TRIALS)
+    if scanned == n:
+        budget.removes = "X" in make_plan(model, layers, tiers, args)[0]
 
     announce(model, budget, rates, scanned, settings.trained_tokens, args)
     if args.compile:
@@ -283,14 +288,8 @@ def scan_layers(
         served = train.flatten()[None, : budget.served]
     layers = scan.scan(model, probes, tiers, path, same, layers, fitting, served, longest)
 
-    work = budget.scan_work(*budget.scan_size, scanned)
-    seconds = time.monotonic() - start
-    left = ""
-    if work and seconds > 30:  # a shorter one gives no rate
-        rest = rates.of(budget) - rates.seconds(budget.scan)
-        rest *= seconds / rates.seconds(work)  # this machine may be slower by now
-        left = f"; by its speed the rest takes about {clock(rest)}"
-    say(f"The scan took {clock(seconds)}{left}.\n")
+    rest = rates.of(budget) - rates.seconds(budget.scan)
+    say(f"The scan took {clock(time.monotonic() - start)}, the rest takes about {clock(rest)}.\n")
     return layers
 
 
@@ -320,11 +319,11 @@ def earlier_scan(
     return path, same, layers
 
 
-def make_plan(model: Model, layers: list[dict], tiers: dict, args) -> tuple[str, int]:
+def make_plan(model: Model, layers: list[dict], tiers: dict, args) -> tuple[str, int, list]:
     """The plan and the window of its L layers: as given, or from the scan by --keep and --drop or
-    the one budget that is given. Shows why."""
+    the one budget that is given. Third, the plans that it was chosen from."""
     if args.plan:
-        return args.plan, tiers["window"]
+        return args.plan, tiers["window"], []
 
     hardware = HARDWARE.get(args.hardware) or measure_hardware(args.device, model.norm.weight.dtype)
     windows = planner.windows_of(layers) if weighs_windows(args) else []
@@ -340,13 +339,16 @@ def make_plan(model: Model, layers: list[dict], tiers: dict, args) -> tuple[str,
         plan = make(costs[window], args.keep, args.drop)
     else:
         plan, window, *_ = planner.choose(choices, name, limit)
+    return plan, window, choices
 
+
+def show_plan(layers: list[dict], plan: str, window: int, choices: list, args) -> None:
+    """The scan, and the plans that could be chosen, as charts."""
     batch, context = args.workload
     say(planner.chart(layers, args.measure, plan, window))
     step = f"a decoding step of {batch} x {context:,} tokens"
     title = f"\nfor {step}, predicted for {args.hardware}:"
     say(planner.frontier_chart(choices, plan, window, title))
-    return plan, window
 
 
 # --- what the terminal shows -------------------------------------------------------------------
