@@ -112,9 +112,9 @@ def hidden_states(model: Model, batches: list[Tensor]) -> list[Tensor]:
 
 @torch.inference_mode()
 def text_quality(
-    models: dict[str, Model], base: Model, tokenizer: Tokenizer, sequences: Tensor, base_states=None
-) -> dict[str, dict]:
-    """{name: {perplexity, bits_per_byte, kl, agreement, errors}} on sequences [N, T] of ids, kl and
+    model: Model, base: Model, tokenizer: Tokenizer, sequences: Tensor, base_states=None
+) -> dict:
+    """{perplexity, bits_per_byte, kl, agreement, errors} on sequences [N, T] of ids, kl and
     agreement against `base`, whose `hidden_states` on them are made here where they are not given.
     Bits per UTF-8 byte of the text, special tokens left out, are perplexity made comparable between
     tokenizers. `errors` has the standard error of each of the four, from how the sequences differ;
@@ -122,25 +122,20 @@ def text_quality(
     agree equally often by chance."""
     batches = sequences.to(base.device).split(TEXT_BATCH)
     base_states = base_states or hidden_states(base, batches)
-    sums: dict[str, list[Tensor]] = {name: [] for name in models}
+    sums = []
     for ids, base_hidden in zip(progress(batches, desc="text"), base_states):
+        hidden = base_hidden if model is base else model.hidden(ids)
         following = F.pad(ids[:, 1:], (0, 1))
-        for name, model in models.items():
-            hidden = base_hidden if model is base else model.hidden(ids)
-            figures = compare_by_position(hidden, base_hidden, model.head, base.head, following)
-            figures[0, :, -1] = 0  # nothing is known to follow the last token
-            sums[name].append(figures.double().sum(2).cpu())
+        figures = compare_by_position(hidden, base_hidden, model.head, base.head, following)
+        figures[0, :, -1] = 0  # nothing is known to follow the last token
+        sums.append(figures.double().sum(2).cpu())
 
     special = set(tokenizer.added.values())
     sizes = []  # of the text that is predicted, in bytes
     for row in sequences[:, 1:].tolist():
         sizes.append(len(tokenizer.decode_bytes([id for id in row if id not in special])))
     sizes = torch.tensor(sizes, dtype=torch.float64)
-
-    return {
-        name: text_figures(torch.cat(parts, 1), sizes, sequences.shape[1])
-        for name, parts in sums.items()
-    }
+    return text_figures(torch.cat(sums, 1), sizes, sequences.shape[1])
 
 
 def text_figures(sums: Tensor, sizes: Tensor, tokens: int) -> dict:

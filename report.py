@@ -72,7 +72,7 @@ def evaluate(
     base_states = functools.cache(lambda: measure.hidden_states(base, batches))
 
     def text(model: Model) -> dict:
-        return measure.text_quality({"": model}, base, tokenizer, valid, base_states())[""]
+        return measure.text_quality(model, base, tokenizer, valid, base_states())
 
     prompts = valid[:WRITTEN, : valid.shape[1] // 2]
     base_writes = functools.cache(lambda: measure.write_on(base, prompts))

@@ -2240,12 +2240,11 @@ def test_text_quality_by_its_definition(llama, monkeypatch):
     base, other, tokenizer = load_model(str(llama)), boosted(llama), load_tokenizer(str(llama))
     ids = torch.randint(0, 700, (3, 40))
     ids[0, 7] = tokenizer.added["<|endoftext|>"]
-    models = {"base": base, "other": other}
     monkeypatch.setattr(measure, "TEXT_BATCH", 2)
-    report = measure.text_quality(models, base, tokenizer, ids)
-    assert report["base"]["kl"] == 0 and report["base"]["agreement"] == 1
+    figures = measure.text_quality(base, base, tokenizer, ids)
+    assert figures["kl"] == 0 and figures["agreement"] == 1
 
-    figures = report["other"]
+    figures = measure.text_quality(other, base, tokenizer, ids)
     p, q = base(ids).log_softmax(-1), other(ids).log_softmax(-1)
     loss = float(F.cross_entropy(q[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
     assert figures["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
@@ -2402,7 +2401,7 @@ def test_the_embedded_model_is_small_trained_and_uses_its_context(tiny):
     assert config.num_hidden_layers >= 12 and config.tie_word_embeddings
     assert config.num_key_value_heads < config.num_attention_heads
 
-    quality = measure.text_quality({"tiny": model}, model, tokenizer, valid[:2])["tiny"]
+    quality = measure.text_quality(model, model, tokenizer, valid[:2])
     assert quality["bits_per_byte"] < 1.8
     recall = measure.passkey_recall(model, tokenizer, valid, (512,), count=1)
     assert recall["512"] == 1

@@ -181,7 +181,7 @@ def main() -> None:
     targets = measure.hidden_states(base, valid.split(4))
 
     def judge(model: Model) -> dict:
-        return measure.text_quality({"": model}, base, tokenizer, valid, targets)[""]
+        return measure.text_quality(model, base, tokenizer, valid, targets)
 
     for form in args.forms or FORMS:
         start = time.monotonic()

@@ -254,8 +254,7 @@ def read_step(text: Tensor, tokenizer: Tokenizer, step: int) -> Tensor:
 def evaluate(model: Model, tokenizer: Tokenizer, valid: Tensor) -> str:
     with torch.autocast("cpu", torch.bfloat16):
         recall = passkey_recall(model, tokenizer, valid, (256, 512))
-        report = text_quality({"model": model}, model, tokenizer, valid)
-    bits = report["model"]["bits_per_byte"]
+        bits = text_quality(model, model, tokenizer, valid)["bits_per_byte"]
     recalled = ", ".join(f"{share:.0%} at {length}" for length, share in recall.items())
     return f"{bits:.4f} bits per byte, passkey recall {recalled}"
 
