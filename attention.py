@@ -63,55 +63,47 @@ class Linear(nn.Linear):
 
 
 class Joined(NamedTuple):
-    """Layers that share their input, as one: a product in place of two or three. The parameters of
-    the layers, `parts`, are views of `weight` and `bias`, so a change in place reaches both."""
+    """Linear layers with the same input as one, whose outputs are these sizes."""
 
     weight: Tensor
     bias: Tensor | None
-    parts: list[Tensor | None]
+    sizes: list[int]
 
 
 def join(*layers: nn.Module) -> Joined | None:
-    """None for layers that are not plain, such as those with adapters."""
+    """None for layers that are not plain, such as those with adapters. The layers' parameters
+    become views of the joined ones, so there is no second copy."""
     if any(type(layer) is not Linear for layer in layers):
         return None
-    parts = parameters(layers)
-    weights, biases = parts[::2], parts[1::2]
-    bias = None if biases[0] is None else side_by_side(biases)
-    return Joined(side_by_side(weights), bias, parts)
-
-
-def parameters(layers) -> list[Tensor | None]:
-    return [x for layer in layers for x in (layer.weight, layer.bias)]
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    weight = side_by_side([layer.weight for layer in layers])
+    bias = side_by_side(biases) if biases else None
+    return Joined(weight, bias, [layer.out_features for layer in layers])
 
 
 def side_by_side(parts: list[Tensor]) -> Tensor:
-    """Parameters [n_i, ...] as one tensor, of which they become views; another model that shares
-    them may have made them so already."""
+    """Parameters [n_i, ...] as one tensor, of which they become views, unless they are views of one
+    already: another model may share them."""
     storages = {part.untyped_storage().data_ptr() for part in parts}
     starts = [part.storage_offset() - parts[0].storage_offset() for part in parts]
     if len(storages) == 1 and starts == [0, *accumulate(x.numel() for x in parts[:-1])]:
         size = (sum(map(len, parts)), *parts[0].shape[1:])
         return parts[0].data.as_strided(size, parts[0].stride())
 
-    together = torch.cat([part.data for part in parts])
-    for part, view in zip(parts, together.split([len(part) for part in parts]), strict=True):
-        part.data = view
+    with torch.inference_mode(parts[0].is_inference()):  # whichever the parameters were made in
+        together = torch.cat([part.data for part in parts])
+        for part, view in zip(parts, together.split([len(part) for part in parts]), strict=True):
+            part.data = view
     if together.is_cuda:
-        torch.cuda.empty_cache()  # else the freed parts, too small for the next, would pile up
+        torch.cuda.empty_cache()  # else the freed parts stay reserved, each too small for the next
     return together
 
 
 def products(x: Tensor, joined: Joined | None, *layers: nn.Module):
-    """layer(x) for each layer: by one product if no gradient is wanted and `joined` was made of the
-    parameters that the layers have now."""
-    usable = joined is not None and not torch.is_grad_enabled()
-    if not usable or any(type(layer) is not Linear for layer in layers):
+    """layer(x) of each, by one product where they are joined."""
+    if joined is None:
         return [layer(x) for layer in layers]
-    if any(now is not part for now, part in zip(parameters(layers), joined.parts)):
-        return [layer(x) for layer in layers]
-    y = linear(x, joined.weight, joined.bias)
-    return y.split([layer.out_features for layer in layers], dim=-1)
+    return linear(x, joined.weight, joined.bias).split(joined.sizes, dim=-1)
 
 
 class RMSNorm(nn.Module):
@@ -449,9 +441,6 @@ class LinearMap(nn.Module):
     def __init__(self, config, layer: int):
         super().__init__()
         self.map = Linear(config.hidden_size, config.hidden_size)
-
-    def join(self) -> None:
-        """It is one product already."""
 
     def forward(self, x: Tensor, rotary, cache=None, positions=None, new=None) -> Tensor:
         return self.map(x)

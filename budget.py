@@ -92,7 +92,6 @@ class Budget:
         self.context = min(CONTEXT, self.reach)  # tokens of a sequence to evaluate on
         self.healing = HEALING * self.tokens
 
-        # Fitting reads with the base in the scan; before healing, with both models.
         self.fitted = FITTED * self.inputs  # tokens
 
         self.scan_size = climb(SCANS, self.scan_work, self.healing / 2)
@@ -115,15 +114,18 @@ class Budget:
         self.sequences, self.passkeys, longest = evaluation
         self.recall_lengths = self.lengths_to(longest)
 
-    def settle(self, sequences: int) -> None:
-        """Evaluates on so many sequences at most, since the text may be short."""
+    def settle(self, sequences: int, fitted: int) -> None:
+        """Counts what text there is: sequences to judge on, and tokens to fit maps on."""
+        self.fitted = min(self.fitted, fitted)
         self.sequences = min(self.sequences, sequences)
         self.watched = min(self.watched, sequences)
         longest = self.recall_lengths[-1]
+        self.validation = self.validation_work(self.validations, self.watched)
         self.evaluation = self.evaluation_work(self.sequences, self.passkeys, longest)
 
     @property
     def maps(self) -> float:
+        """Before healing the text is read with both models; in the scan, with the base."""
         return (1 + FITTING) * self.fitted * self.removes
 
     @property

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from attention import SoftmaxCache, compiles
@@ -61,7 +61,7 @@ class Engine:
 
     @torch.inference_mode()
     def __init__(self, model: Model, slots: int, room: int, compiled: bool = False):
-        self.model = model
+        self.given = model
         self.room = room
         self.compiled = compiled and compiles(model.device)
         self.on_gpu = runs_ahead(model.device)
@@ -70,8 +70,7 @@ class Engine:
         self.cache = model.new_cache(slots, padded(room, model.device))
         self.token = torch.zeros(slots, dtype=torch.int64, device=model.device)  # each one's last
         self.advance = torch.zeros_like(self.token)  # 1 for a live slot, 0 for a free one
-        self.weights = ""  # their version when the steps were made
-        self.forget_steps()
+        self.take_weights()
 
     @torch.inference_mode()
     def run(self, waiting: deque[Request]):
@@ -206,22 +205,20 @@ class Engine:
         return self.token[:size]
 
     def prepare(self) -> None:
-        """Discards steps that were made for other weights. On a GPU, joins products and makes the
-        steps of all sizes: making one runs it, which must not happen while a sequence is live. The
-        largest comes first, so that the others can share its memory."""
-        if self.on_gpu:
-            self.model.join()
-        weights = weights_version(self.model)
-        if weights != self.weights:
-            self.forget_steps()
-            self.weights = weights
+        """Discards steps that were made for other weights. On a GPU, makes those of all sizes:
+        making one runs it, which must not happen while a sequence is live. The largest comes first,
+        so that the others can share its memory."""
+        if weights_version(self.given) != self.weights:
+            self.take_weights()
         if self.on_gpu:
             for size in reversed(self.sizes):
                 if size not in self.steps:
                     self.steps[size] = self.make_step(size)
             self.mark_live()
 
-    def forget_steps(self) -> None:
+    def take_weights(self) -> None:
+        self.model = join_products(self.given) if self.on_gpu else self.given
+        self.weights = weights_version(self.given)
         self.steps: dict[int, Callable[[], None]] = {}  # by size
         # Graphs that run one after the other can share memory.
         self.graph_memory = torch.cuda.graph_pool_handle() if self.token.is_cuda else None
@@ -350,6 +347,22 @@ def weights_version(model: Model) -> str:
     for p in model.parameters():
         versions.append((p.data_ptr(), 0 if p.is_inference() else p._version))
     return str(hash(tuple(versions)))
+
+
+def join_products(model: Model) -> Model:
+    """A model of the same parameters in which query, key and value are one product, and gate and up
+    another: fewer kernels to launch. The given model computes as before, and notices nothing but
+    that its parameters have moved."""
+
+    def copy_of(module: nn.Module) -> nn.Module:
+        new = copy.copy(module)
+        children = module._modules.items()
+        new._modules = {name: child and copy_of(child) for name, child in children}
+        if hasattr(new, "join"):
+            new.join()
+        return new
+
+    return copy_of(model)
 
 
 # --- sequences in caches -----------------------------------------------------------------------

@@ -52,6 +52,7 @@ from fit import copy_maps, fit_maps
 from hub import find_model, fingerprint, hash_files, require
 from kernels import FEATURE_MAPS
 from machine import (
+    gather,
     hold_folder,
     is_main_process,
     pick_dtype,
@@ -121,12 +122,12 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     args.tokens, args.sequences, args.passkeys = budget.tokens, budget.sequences, budget.passkeys
     settings = healing_settings(model, budget.tokens, budget.validations, args)
     train, valid = read_text(args, tokenizer, model.config, settings)
-    budget.settle(len(valid))
-
     # Scan and plan.
     fitting = fitting_text(train, budget.fitted, SCAN_TOKENS)
-    layers = scan_layers(model, tokenizer, train, fitting, tiers, settings, budget, rates, args)
-    plan, window, choices = make_plan(model, layers, tiers, args)
+    budget.settle(len(valid), fitting.numel())
+    layers, plan, window, choices = scan_and_plan(
+        model, tokenizer, train, fitting, tiers, settings, budget, rates, args
+    )
     if choices:
         show_plan(layers, plan, window, choices, args)
     tiers["window"] = window
@@ -254,26 +255,28 @@ def reach_beyond(window: int, settings: Healing) -> Healing:
     return replace(settings, context=context)
 
 
-def scan_layers(
+def scan_and_plan(
     model: Model, tokenizer: Tokenizer, train, fitting, tiers: dict, settings, budget, rates, args
-) -> list[dict]:
-    """The damage of each layer by tier: read from an earlier scan, measured, or both; nothing is
-    scanned if the plan is given. First says what the whole run will do."""
+) -> tuple[list[dict], str, int, list]:
+    """The damage of each layer by tier, and what `make_plan` makes of it. It is read from an
+    earlier scan, measured, or both; nothing is scanned if the plan is given. First says what the
+    whole run will do."""
     n = len(model.layers)
     count, longest = budget.calibration
     path, same, layers = earlier_scan(model, train, tiers, budget, args)
     scanned = scan.count_trials(layers) // len(scan.TRIALS)
-    if scanned == n:
-        budget.removes = "X" in make_plan(model, layers, tiers, args)[0]
+    made = None
+    if args.plan or scanned == n:
+        made = make_plan(model, layers, tiers, args)
+        budget.removes = "X" in made[0]
 
     announce(model, budget, rates, scanned, settings.trained_tokens, args)
     if args.compile:
         model.compiled_shapes |= {(min(2, count), longest), (settings.together, settings.context)}
-    if args.plan:
-        return layers
-    if scanned == n:
-        say(f"\nScan: read from {path}.")
-        return layers
+    if made:
+        if not args.plan:
+            say(f"\nScan: read from {path}.")
+        return layers, *made
 
     resumed = f"resumed at layer {scanned} of {n}, from {path}" if layers else f"{n} layers"
     say(f"\nScan: one layer at a time, {resumed}.")
@@ -288,9 +291,13 @@ def scan_layers(
         served = train.flatten()[None, : budget.served]
     layers = scan.scan(model, probes, tiers, path, same, layers, fitting, served, longest)
 
+    seconds = time.monotonic() - start
+
+    made = make_plan(model, layers, tiers, args)
+    budget.removes = "X" in made[0]
     rest = rates.of(budget) - rates.seconds(budget.scan)
-    say(f"The scan took {clock(time.monotonic() - start)}, the rest takes about {clock(rest)}.\n")
-    return layers
+    say(f"The scan took {clock(seconds)}, the rest takes about {clock(rest)}.\n")
+    return layers, *made
 
 
 def earlier_scan(
@@ -321,11 +328,13 @@ def earlier_scan(
 
 def make_plan(model: Model, layers: list[dict], tiers: dict, args) -> tuple[str, int, list]:
     """The plan and the window of its L layers: as given, or from the scan by --keep and --drop or
-    the one budget that is given. Third, the plans that it was chosen from."""
+    the one budget that is given. Third, the plans that it was chosen from; none for a given one."""
     if args.plan:
         return args.plan, tiers["window"], []
 
-    hardware = HARDWARE.get(args.hardware) or measure_hardware(args.device, model.norm.weight.dtype)
+    hardware = HARDWARE.get(args.hardware)
+    if hardware is None:  # all processes plan by the first one's rates
+        hardware = gather(measure_hardware(args.device, model.norm.weight.dtype))[0]
     windows = planner.windows_of(layers) if weighs_windows(args) else []
     costs = {
         window: planner.costs_of(layers, args.measure, window)
@@ -343,7 +352,7 @@ def make_plan(model: Model, layers: list[dict], tiers: dict, args) -> tuple[str,
 
 
 def show_plan(layers: list[dict], plan: str, window: int, choices: list, args) -> None:
-    """The scan, and the plans that could be chosen, as charts."""
+    """Shows the scan and the plans to choose from, as charts."""
     batch, context = args.workload
     say(planner.chart(layers, args.measure, plan, window))
     step = f"a decoding step of {batch} x {context:,} tokens"

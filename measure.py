@@ -118,8 +118,8 @@ def text_quality(
     agreement against `base`, whose `hidden_states` on them are made here where they are not given.
     Bits per UTF-8 byte of the text, special tokens left out, are perplexity made comparable between
     tokenizers. `errors` has the standard error of each of the four, from how the sequences differ;
-    that of agreement is at least what so many independent tokens leave, since two sequences may
-    agree equally often by chance."""
+    that of agreement is at least the error of as many independent tokens, since sequences may agree
+    equally often by chance."""
     batches = sequences.to(base.device).split(TEXT_BATCH)
     base_states = base_states or hidden_states(base, batches)
     sums = []
@@ -464,8 +464,8 @@ def mean(values) -> float:
 
 
 def perplexity(nll: float) -> float:
-    """exp(nats a token), held at 1e304: a report is written whatever a model makes of a text."""
-    return math.exp(min(nll, 700.0))
+    """exp(nats a token), held at 1e282: a report is written whatever a model makes of a text."""
+    return math.exp(min(nll, 650.0))
 
 
 def quantile(values, share: float) -> float:

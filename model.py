@@ -140,24 +140,11 @@ class Model(nn.Module):
         """`.to(dtype)`, `.bfloat16()` and the like leave what is FLOAT32 as it is: a frequency
         rounded to bf16 is off by up to a radian after 512 tokens."""
         exact = {name: x.data for name, x in self.named_tensors() if FLOAT32.search(name)}
-        for module in self.modules():
-            if hasattr(module, "joined"):
-                module.joined = None
         super()._apply(function, recurse)
         for name, x in self.named_tensors():
             if name in exact and x.dtype != torch.float32:
                 x.data = exact[name].to(x.device)
         return self
-
-    @torch.inference_mode(False)
-    def join(self) -> None:
-        """Of each layer, makes query, key and value one product without gradients, and gate and up
-        another: fewer kernels to launch. The parameters become views of the tensors that these
-        products read, so there is no second copy; `.to` undoes it."""
-        for layer in self.layers:
-            if layer.self_attn is not None:
-                layer.self_attn.join()
-            layer.mlp.join()
 
     def named_tensors(self):
         yield from self.named_parameters()

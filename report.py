@@ -99,7 +99,7 @@ def evaluate(
         figures["passkeys"] = count * len(measure.RECALL_DEPTHS)
         figures["tasks"] = {}
         for task, items in tasks.items():
-            asked = same | {"items": zlib.crc32(json.dumps(items).encode())}
+            asked = same | {"file": zlib.crc32(json.dumps(items).encode())}
             quality = (measure.task_quality, model, tokenizer, task, items)
             figures["tasks"][task] = once(path, f"{task} of {name}", asked, *quality)
         figures["cache_bytes"] = {str(n): cache_bytes(model, n) for n in (1024, 8192)}

@@ -11,7 +11,6 @@ A part of a step that moves b bytes and computes n operations takes at least
     max(b / bandwidth, n / rate)    seconds (the roofline model, CACM 52(4), 2009)
 """
 
-import functools
 import timeit
 from typing import NamedTuple
 
@@ -36,7 +35,6 @@ HARDWARE = {  # by NVIDIA's data sheets, in bf16
 }
 
 
-@functools.cache
 def measure_hardware(device: str, dtype: torch.dtype) -> Hardware:
     """The rates at which this machine copies memory and multiplies matrices, x W^T as in a linear
     layer. The numbers are random: ones take less power, so a processor multiplies them faster."""
