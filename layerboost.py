@@ -122,15 +122,13 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     args.tokens, args.sequences, args.passkeys = budget.tokens, budget.sequences, budget.passkeys
     settings = healing_settings(model, budget.tokens, budget.validations, args)
     train, valid = read_text(args, tokenizer, model.config, settings)
-    # Scan and plan.
     fitting = fitting_text(train, budget.fitted, SCAN_TOKENS)
     budget.settle(len(valid), fitting.numel())
-    layers, plan, window, choices = scan_and_plan(
+
+    # Scan and plan.
+    layers, plan, tiers["window"] = scan_and_plan(
         model, tokenizer, train, fitting, tiers, settings, budget, rates, args
     )
-    if choices:
-        show_plan(layers, plan, window, choices, args)
-    tiers["window"] = window
     say(f"\nPlan: {plan}", *planner.describe_plan(model, plan, tiers, layers, args.measure))
 
     # Convert. `converted` keeps untrained tails of its own; the student's are trained.
@@ -139,11 +137,11 @@ def boost(model: Model, tokenizer: Tokenizer, source: Path, args) -> None:
     if "X" in plan and args.removed == "linear":
         fit_maps(model, converted, fitting)
         copy_maps(converted, student)
-    student.recompute = recomputes(args, window, model)
+    student.recompute = recomputes(args, tiers["window"], model)
 
     # Heal.
     if args.context is None and "L" in plan:
-        settings = reach_beyond(window, settings)
+        settings = reach_beyond(tiers["window"], settings)
     if not tail_names(student):  # nothing to train alone
         settings = replace(settings, long_share=0.0)
     say(f"\nHeal: {describe_healing(settings)}")
@@ -257,26 +255,27 @@ def reach_beyond(window: int, settings: Healing) -> Healing:
 
 def scan_and_plan(
     model: Model, tokenizer: Tokenizer, train, fitting, tiers: dict, settings, budget, rates, args
-) -> tuple[list[dict], str, int, list]:
-    """The damage of each layer by tier, and what `make_plan` makes of it. It is read from an
-    earlier scan, measured, or both; nothing is scanned if the plan is given. First says what the
-    whole run will do."""
+) -> tuple[list[dict], str, int]:
+    """The damage of each layer by tier, the plan, and the window of its L layers. The damage is
+    read from an earlier scan, measured, or both; nothing is scanned if the plan is given. First
+    says what the whole run will do."""
     n = len(model.layers)
     count, longest = budget.calibration
     path, same, layers = earlier_scan(model, train, tiers, budget, args)
     scanned = scan.count_trials(layers) // len(scan.TRIALS)
-    made = None
-    if args.plan or scanned == n:
-        made = make_plan(model, layers, tiers, args)
-        budget.removes = "X" in made[0]
+    if scanned == n and not args.plan:  # the plan is known already
+        plan, window, choices = make_plan(model, layers, tiers, args)
+        budget.removes = "X" in plan
 
     announce(model, budget, rates, scanned, settings.trained_tokens, args)
     if args.compile:
         model.compiled_shapes |= {(min(2, count), longest), (settings.together, settings.context)}
-    if made:
-        if not args.plan:
-            say(f"\nScan: read from {path}.")
-        return layers, *made
+    if args.plan:
+        return layers, args.plan, tiers["window"]
+    if scanned == n:
+        say(f"\nScan: read from {path}.")
+        show_plan(layers, plan, window, choices, args)
+        return layers, plan, window
 
     resumed = f"resumed at layer {scanned} of {n}, from {path}" if layers else f"{n} layers"
     say(f"\nScan: one layer at a time, {resumed}.")
@@ -290,14 +289,14 @@ def scan_and_plan(
     if budget.served and longest >= 2 * tiers["window"]:  # else the damage says nothing about it
         served = train.flatten()[None, : budget.served]
     layers = scan.scan(model, probes, tiers, path, same, layers, fitting, served, longest)
-
     seconds = time.monotonic() - start
 
-    made = make_plan(model, layers, tiers, args)
-    budget.removes = "X" in made[0]
+    plan, window, choices = make_plan(model, layers, tiers, args)
+    budget.removes = "X" in plan
     rest = rates.of(budget) - rates.seconds(budget.scan)
     say(f"The scan took {clock(seconds)}, the rest takes about {clock(rest)}.\n")
-    return layers, *made
+    show_plan(layers, plan, window, choices, args)
+    return layers, plan, window
 
 
 def earlier_scan(
@@ -327,11 +326,8 @@ def earlier_scan(
 
 
 def make_plan(model: Model, layers: list[dict], tiers: dict, args) -> tuple[str, int, list]:
-    """The plan and the window of its L layers: as given, or from the scan by --keep and --drop or
-    the one budget that is given. Third, the plans that it was chosen from; none for a given one."""
-    if args.plan:
-        return args.plan, tiers["window"], []
-
+    """The plan and the window of its L layers, from the scan by --keep and --drop or the one budget
+    that is given. Third, the plans that it was chosen from."""
     hardware = HARDWARE.get(args.hardware)
     if hardware is None:  # all processes plan by the first one's rates
         hardware = gather(measure_hardware(args.device, model.norm.weight.dtype))[0]
