@@ -286,13 +286,16 @@ def print_tables(folder: Path, beside: str) -> None:
 def print_recall(recall: dict[str, dict[str, list[int]]], beside: str) -> None:
     """The recall of more passkeys, and how each row differs from one, passkey by passkey."""
     other = recall.get(beside, recall["original"])
-    count = max(len(x) for row in recall.values() for x in row.values())
-    rows = [[f"recall of {count}, less {beside}", *next(iter(recall.values()))]]
+    lengths = sorted(other, key=int)
+    rows = [[f"less {beside}", *(f"recall {int(n):,}, of {len(other[n])}" for n in lengths)]]
     for name, row in recall.items():
         cells = [name]
-        for length, recalled in row.items():
-            share, error = mean_and_error(recalled)
-            more, spread = mean_and_error([a - b for a, b in zip(recalled, other[length])])
+        for length in lengths:
+            if length not in row:
+                cells.append("")
+                continue
+            share, error = mean_and_error(row[length])
+            more, spread = mean_and_error([a - b for a, b in zip(row[length], other[length])])
             cells.append(f"{share:.1%} ±{error:.1%}, {more:+.1%} ±{spread:.1%}")
         rows.append(cells)
     print(f"\n{format_table(rows)}")
