@@ -10,9 +10,9 @@ default tier L do (30% of SmolLM2's own): its L layers get the window that this 
 --paper's, which is fixed, and those that have no window at all. Every row learns from the same 48k
 tokens, those that maps are fitted on among them. Judged on held-out text by position, passkeys,
 what the model writes and question files; DIR gets ROW.json at once, and what is there is not
-measured again. --recall measures more passkeys alone, of rows that are healed (their checkpoints
-are in DIR) and of the original, into recall.json. --speed runs decoding steps of 16 x 4,096 of all
-rows in turn.
+measured again. --recall measures more passkeys alone, of the original, of rows that are healed
+(their checkpoints are in DIR) and of converted folders, into recall.json. --speed runs decoding
+steps of 16 x 4,096 of all rows in turn.
 """
 
 import argparse
@@ -304,16 +304,19 @@ def print_recall(recall: dict[str, dict[str, list[int]]], beside: str) -> None:
 def run_recall(
     base: Model, tokenizer, valid: Tensor, train: Tensor, rows: dict, args, path: Path
 ) -> None:
-    """Passkeys of the original and of healed rows; what is in the file is not measured again."""
+    """Passkeys of the original, of healed rows and of models in folders; what is in the file is not
+    measured again."""
     made = read_json(path) if path.exists() else {}
-    for length, name in itertools.product(args.lengths, ["original", *rows]):
-        recalled = made.setdefault(name, {})
+    for length, name in itertools.product(args.lengths, ["original", *args.rows]):
+        recalled = made.setdefault(Path(name).name, {})
         if str(length) in recalled:
             continue
         model = base
-        if name != "original":
+        if name in rows:
             file = file_of(args.out, name)
             model, _ = heal_row(base, valid, train, rows[name], args.tokens, file)
+        elif name != "original":
+            model = load_model(name, dtype=torch.bfloat16)
         recalled |= recall_by_length(model, tokenizer, valid, args.recall, [length])
         write_json(path, made)
 
@@ -370,7 +373,6 @@ def main() -> None:
     tasks = {name: x[: args.items] for name, x in measure.read_tasks(args.tasks).items()}
 
     if args.recall:
-        rows = {name: rows[name] for name in args.rows}
         run_recall(base, tokenizer, valid, train, rows, args, args.out / "recall.json")
         return
 
