@@ -1,6 +1,7 @@
 """What a person sees and types: lines, bars, flags, Ctrl-C, and how the program ends."""
 
 import argparse
+import atexit
 import io
 import math
 import os
@@ -62,7 +63,7 @@ def progress(*iterable, **options) -> tqdm:
     kind = tqdm if sys.stderr.isatty() else Lines
     bar = kind(*iterable, disable=not is_main_process(), leave=False, smoothing=0, **options)
     if not bar.disable:
-        threading.Thread(target=keep_moving, args=(bar,), daemon=True).start()
+        threading.Thread(target=keep_moving, args=(bar,), name="bar", daemon=True).start()
     return bar
 
 
@@ -81,10 +82,21 @@ class Lines(tqdm):
 
 
 def keep_moving(bar: tqdm) -> None:
-    while not bar.disable:  # as it is once closed
-        time.sleep(BEAT_SECONDS)
+    while not bar.disable and not exiting.wait(BEAT_SECONDS):  # it is disabled once closed
         with bar.get_lock():
             bar.refresh(nolock=True)
+
+
+exiting = threading.Event()
+
+
+@atexit.register
+def end_bars() -> None:
+    """Leaves no thread to wake up while Python ends."""
+    exiting.set()
+    for thread in threading.enumerate():
+        if thread.name == "bar":
+            thread.join()
 
 
 # --- the program and how it ends ---------------------------------------------------------------

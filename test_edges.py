@@ -1487,6 +1487,19 @@ def test_a_bar_moves_within_a_step_and_is_lines_where_there_is_no_terminal(monke
     assert bars.count("a step:   0%|") > 2 and "\n" not in bars and bars.endswith(" \r")
 
 
+def test_the_threads_of_bars_end_before_python_does():
+    lines = (
+        "import atexit, threading",
+        "atexit.register(lambda: print([t.name for t in threading.enumerate()]))",
+        "import terminal",
+        "bar = terminal.progress(total=2)",
+        "print(sum(t.name == 'bar' for t in threading.enumerate()))",
+    )
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["1", "['MainThread']"]
+
+
 def test_a_folder_that_cannot_be_written_is_named(llama, text, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     flags = short_run(llama, text, tmp_path / "file" / "out", "--plan", "SLX")
