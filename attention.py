@@ -71,8 +71,8 @@ class Joined(NamedTuple):
 
 
 def join(*layers: nn.Module) -> Joined | None:
-    """None for layers that are not plain, such as those with adapters. The layers' parameters
-    become views of the joined ones, so there is no second copy."""
+    """Layers with the same input as one product. Their parameters become views of the joined ones,
+    so there is no second copy. None where a layer is not plain, as with adapters."""
     if any(type(layer) is not Linear for layer in layers):
         return None
     biases = [layer.bias for layer in layers if layer.bias is not None]

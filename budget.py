@@ -56,8 +56,7 @@ SCANS = (
 
 SCAN_TOKENS = SCANS[-1][0] * SCANS[-1][1]  # at most, in a scan
 
-# WEIGHING, FITTING and SOFTMAX lie between what two processors took, without AMX and with it: 0.7
-# and 4, 0.9 and 2, 185 and 700.
+# WEIGHING, FITTING and SOFTMAX lie between what two processors took (results/work.py).
 SERVED = 8192  # tokens at most of the text on which windows are weighed
 WEIGHING = 2  # the work per token of it
 
@@ -127,7 +126,7 @@ class Budget:
 
     @property
     def maps(self) -> float:
-        """Before healing the text is read with both models; in the scan, with the base."""
+        """The work of fitting maps before healing, where both models read the text."""
         return (1 + FITTING) * self.fitted * self.removes
 
     @property

@@ -308,27 +308,8 @@ def model_card(report: dict, text: str, args, source: Path) -> str:
     head = ["library_name: transformers", "pipeline_tag: text-generation", base, *licence(source)]
     head += ["tags:", "- layerboost", "- linear-attention"]
     weak = "".join(f"- {line}\n" for line in weaknesses(report)) or "- Nothing beyond the errors.\n"
-    return f"""---
-{chr(10).join(head)}
----
-{text}
-## How to load it
-
-In transformers, by the code that comes in this folder:
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained("{name}")
-
-In LayerBoost, which also has an engine for many requests at once:
-
-    python layerboost.py --model {name} --prompt "The history of"
-
-## What it is worse at than the base, beyond the errors
-
-{weak}
-Other tasks and languages were not measured.
-"""
+    template = Path(__file__).with_name("model_card.md").read_text("utf-8")
+    return template.format(head="\n".join(head), text=text, name=name, weak=weak)
 
 
 def licence(source: Path) -> list[str]:

@@ -2,9 +2,8 @@
 environment that has lm_eval, transformers and the program's own requirements:
 
     python results/lm_eval_tasks.py EVAL TASKS
-    lm_eval --model hf --model_args pretrained=OUT,trust_remote_code=True \\
-        --tasks arc_easy,piqa,lambada_openai --include_path TASKS \\
-        --limit 100 --log_samples --output_path TASKS/logged
+    lm_eval as in README, with --include_path TASKS --limit 100 --log_samples \\
+        --output_path TASKS/logged
     python results/lm_eval_tasks.py EVAL TASKS --model OUT
 
 EVAL holds arc_easy.jsonl, piqa.jsonl and lambada_openai.jsonl. The tasks are the harness's own,
