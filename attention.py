@@ -407,8 +407,10 @@ class WindowLinearAttention(SoftmaxAttention):
             cache.state += phi_key.mT @ leaving_window(values, n, window).float()
             cache.norm += phi_key.sum(2)
 
-        # The last tokens, as many as the window and the new ones have in common, to their slots.
-        last = end + torch.arange(-min(window, tokens), 0, device=key.device)
+        # The last tokens to their slots: a window of them in a compiled program, which serves any
+        # number of tokens, or as many as are new.
+        count = window if torch.compiler.is_compiling() else min(window, tokens)
+        last = end + torch.arange(-count, 0, device=key.device)
         slot = cache.slot(positions[:, None] + last)
         last = (before + last).clamp(min=0).expand(len(key), -1)
         put(cache.key, slot, take(keys, last))

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from attention import SoftmaxCache, compiles
 from kernels import feature_size
-from model import Cache, Model, cache_bytes, cache_tensors, compiled_block
+from model import Block, Cache, Model, cache_bytes, cache_tensors
 
 CHUNK = 2048  # tokens of prompts that are read between two steps: enough to keep a GPU busy
 SMALLEST = 4  # slots of a step, and what its sizes differ by at least
@@ -108,9 +108,7 @@ class Engine:
     @property
     def block(self):
         """The function that runs a layer on a GPU; None for the model's own."""
-        if not (self.compiled and self.on_gpu):
-            return None
-        return functools.partial(compiled_block, any_size=True)
+        return compiled_block if self.compiled and self.on_gpu else None
 
     # --- requests come and go ---
 
@@ -230,7 +228,10 @@ class Engine:
         run = next_tokens
         if self.compiled and not self.on_gpu:
             run = compiled_next_tokens()
-            mark_dynamic_sizes(cache, token)
+            for layer in cache.layers:
+                vary_cache(layer)
+            vary(cache.positions, 0)
+            vary(token, 0)
 
         def step() -> None:
             layers, positions = cache.layers, cache.positions
@@ -295,14 +296,13 @@ def prefill(model: Model, prompts: list[Tensor], cache: Cache, block=None):
     ids = F.pad(ids, (0, padded(ids.shape[1], ids.device) - ids.shape[1]))
 
     sequence = torch.arange(len(prompts), device=model.device)
-    is_padded = ids.shape[1] > min(map(len, prompts))
     read = 0
     for chunk in ids.split(CHUNK, dim=1):
         tokens = chunk.shape[1]
         cache.resize(read + tokens)
         new = (lengths - read).clamp(max=tokens)
         x = model.embed_tokens(chunk)
-        x = model.run_layers(x, 0, len(model.layers), cache, new if is_padded else None, block)
+        x = model.run_layers(x, 0, len(model.layers), cache, new, block)
         cache.positions += new
         read += tokens
         yield model.norm(x[sequence, new - 1]), read == ids.shape[1]
@@ -331,6 +331,27 @@ def record(run: Callable[[], None], memory=None) -> Callable[[], None]:
     with torch.cuda.graph(graph, pool=memory):
         run()
     return graph.replay
+
+
+@functools.cache
+def compiled_forward():
+    # By its defaults torch would copy a whole cache in order to write one token of it.
+    in_place = {"reorder_for_locality": False, "realize_reads_threshold": 3}
+    return torch.compile(Block.forward, options=in_place)
+
+
+def compiled_block(layer, x: Tensor, rotary, cache, positions: Tensor, new) -> Tensor:
+    """On a GPU, one program for the layers of a tier in all engines: of a step, and of a prompt."""
+    vary(x, 0, 1)
+    for angles in rotary:
+        vary(angles, 0, 2)
+    vary_cache(cache)
+    vary(positions, 0)
+    if new is not None:
+        vary(new, 0)
+    # One sequence or many, three tiers, a step or a chunk: more programs than the limit of 8.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        return compiled_forward()(layer, x, rotary, cache, positions, new)
 
 
 @functools.cache
@@ -388,18 +409,18 @@ def first_sequences(cache: Cache, count: int) -> Cache:
     return Cache(layers, cache.positions[:count])
 
 
-def mark_dynamic_sizes(cache: Cache, token: Tensor) -> None:
-    """Tells torch.compile which sizes vary between steps and engines: the number of slots, and the
-    room in the softmax caches."""
-    for layer in cache.layers:
-        for x in cache_tensors(layer).values():
-            if isinstance(layer, SoftmaxCache):
-                torch._dynamo.mark_dynamic(x, 2)
-            if len(x) > 1:
-                torch._dynamo.mark_dynamic(x, 0)
-    if len(token) > 1:
-        torch._dynamo.mark_dynamic(cache.positions, 0)
-        torch._dynamo.mark_dynamic(token, 0)
+def vary(x: Tensor, *dims: int) -> None:
+    """Tells torch.compile that these sizes differ from call to call. A size of 1 has a program of
+    its own."""
+    for dim in dims:
+        if x.shape[dim] > 1:
+            torch._dynamo.maybe_mark_dynamic(x, dim)
+
+
+def vary_cache(layer) -> None:
+    """`vary` for the number of sequences, and the room in a softmax cache."""
+    for x in cache_tensors(layer).values():
+        vary(x, *((0, 2) if isinstance(layer, SoftmaxCache) else (0,)))
 
 
 def as_tensor(numbers: list[int], device: torch.device) -> Tensor:

@@ -53,20 +53,71 @@ def softmax_step(
     query, new_key, new_value, slot, key, value, end, sliding_window: int | None = None
 ) -> Tensor:
     write_slot(key, value, slot, new_key, new_value)
-    return flash_attention(query, key, value, end, sliding_window or 0)[0].transpose(1, 2)
+    if sliding_window:
+        return flash_attention(query, key, value, end, sliding_window)[0].transpose(1, 2)
+    return step_attention(query, key, value, end)[0]
 
 
 def window_linear_step(query, new_key, new_value, slot, key, value, end, *tail) -> Tensor:
     """The local term from flash attention: its output, and its log-sum-exp as the largest score."""
     write_slot(key, value, slot, new_key, new_value)
-    local, log_sum = flash_attention(query, key, value, end, 0)
-    local = group_heads(local.transpose(1, 2), key.shape[1]).float()  # (B, G, R, D)
-    log_sum = log_sum.masked_fill(end == 0, -torch.inf)  # [H, B]; without a window there is none
-    log_sum = log_sum.T.reshape(*local.shape[:3], 1)
+    local, log_sum = step_attention(query, key, value, end)
+    local = group_heads(local, key.shape[1]).float()  # (B, G, R, D)
+    is_empty = (end == 0)[:, None, None, None]  # as without a window
+    log_sum = log_sum.masked_fill(is_empty, -torch.inf)
 
-    tail_numerator, tail_denominator, b = join_tail(*tail)
-    out = join_terms(local, log_sum, tail_numerator, tail_denominator, b)
+    numerator, denominator, b = join_tail(*tail)
+    out = join_terms(local, log_sum, numerator, denominator, b)
     return out.view_as(query).to(query.dtype)
+
+
+def step_attention(query: Tensor, key: Tensor, value: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(D)) v for one query a sequence [B, H, 1, D] over the slots before `end`
+    [B] of key and value [B, G, room, D]; and log sum_i exp(a_i) [B, G, R, 1] in float32.
+
+    Each key/value head is a sequence of its own, with R query heads: so the kernel neither copies
+    the cache nor transposes query and output. Where its rows begin is found here and not in the
+    operator, so that torch.compile makes one kernel of it.
+    """
+    B, H, _, D = query.shape
+    G, room = key.shape[1:3]
+    row = torch.arange(3, device=key.device)[:, None]
+    i = torch.arange(B * G + 1, device=key.device)
+    used = end[(i // G).clamp(max=B - 1)]
+    sequences = torch.where(row == 0, i, torch.where(row == 1, i * room, used))
+    out, log_sum = flash_step(query.view(B * G, H // G, D), key, value, sequences.to(torch.int32))
+    return out.view_as(query), log_sum.T.reshape(B, G, H // G, 1)
+
+
+@torch.library.custom_op("layerboost::flash_step", mutates_args=())
+def flash_step(
+    query: Tensor, key: Tensor, value: Tensor, sequences: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`flash_attention` for a decoding step of N sequences of one key/value head: query [N, R, D];
+    key, value of N * room tokens. `sequences` [3, N + 1] int32: of each the first query, the first
+    key, and how many keys are in use. Returns [N, R, D], and log sum_i exp(a_i) [R, N]."""
+    D = query.shape[-1]
+    first_query, first_key, used = sequences
+    out, log_sum, *_ = torch.ops.aten._flash_attention_forward(
+        query,
+        key.view(-1, 1, D),
+        value.view(-1, 1, D),
+        first_query,
+        first_key,
+        1,  # query a sequence
+        key.shape[2],
+        0.0,  # dropout
+        False,  # causal
+        False,
+        seqused_k=used[:-1],
+    )
+    return out, log_sum
+
+
+@flash_step.register_fake
+def _(query, key, value, sequences):
+    N, R, _ = query.shape
+    return torch.empty_like(query), query.new_empty(R, N, dtype=torch.float32)
 
 
 @torch.library.custom_op("layerboost::flash_attention", mutates_args=())

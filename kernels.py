@@ -479,11 +479,16 @@ def window_linear_step(
 
 def join_tail(phi_query, phi_key, left, tail_logit, state, norm) -> tuple[Tensor, Tensor, Tensor]:
     """Adds the token that leaves the window to the tail. Returns phi(q)^T S [B, G, R, D],
-    phi(q)^T z and b [B, G, R, 1], -inf where there is no tail yet."""
-    state += phi_key[..., None] * left.float()[:, :, None]
-    norm += phi_key
+    phi(q)^T z and b [B, G, R, 1], -inf where there is no tail yet.
+
+    The sums are read before that token is added: then torch.compile writes them once, in place."""
     groups = norm.shape[1]
+    left = left.float()[:, :, None]  # (B, G, 1, D)
     phi_query = group_heads(phi_query, groups)  # (B, G, R, F)
-    denominator = (phi_query * norm[:, :, None]).sum(-1, keepdim=True)
+    added = (phi_query * phi_key[:, :, None]).sum(-1, keepdim=True)
+    numerator = phi_query @ state + added * left
+    denominator = (phi_query * norm[:, :, None]).sum(-1, keepdim=True) + added
+    state += phi_key[..., None] * left
+    norm += phi_key
     b = tail_logit.view(groups, -1, 1).where(denominator > 0, -torch.inf)
-    return phi_query @ state, denominator, b
+    return numerator, denominator, b

@@ -66,16 +66,16 @@ class Block(nn.Module):
 
 
 @functools.cache
-def compiled_forward(any_size: bool):
-    """Block.forward compiled for the layers of all models: one program for each tier and, unless it
-    is for any size, each shape; fixed shapes run faster."""
-    return torch.compile(Block.forward, dynamic=any_size)
+def compiled_forward():
+    """Block.forward compiled for the layers of all models: one program for each tier and shape;
+    fixed shapes run faster."""
+    return torch.compile(Block.forward, dynamic=False)
 
 
-def compiled_block(*arguments, any_size: bool = False) -> Tensor:
+def compiled_block(*arguments) -> Tensor:
     # Teacher and student, two lengths, three tiers: more programs than the usual limit of 8.
     with torch._dynamo.config.patch(recompile_limit=64):
-        return compiled_forward(any_size)(*arguments)
+        return compiled_forward()(*arguments)
 
 
 @dataclass

@@ -30,6 +30,7 @@ import weakref
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -439,7 +440,7 @@ def flash_by_its_documentation(
     from `first` on; of the keys, `seqused_k` are in use; the last query sees the last of them."""
     out = torch.empty_like(query)
     log_sum = torch.full((query.shape[1], len(query)), torch.inf)  # also where no key is in use
-    left = more["window_size_left"]
+    left = more.get("window_size_left")
     for b, used in enumerate(more["seqused_k"].tolist()):
         queries = slice(int(first_query[b]), int(first_query[b + 1]))
         keys = slice(int(first_key[b]), int(first_key[b]) + used)
@@ -478,14 +479,22 @@ def test_flash_attention_gets_the_cache_as_it_lies(tokens, sliding_window, monke
     near(out, kernels.softmax_attention(query, key, value, None, sliding_window))
 
 
+@pytest.mark.parametrize("function", ["softmax_step", "window_linear_step"])
 @pytest.mark.parametrize("H,G", [(9, 3), (4, 4)])
-def test_a_step_of_tier_l_through_flash_attention_equals_the_one_in_torch(H, G, monkeypatch):
+def test_a_step_through_flash_attention_equals_the_one_in_torch(H, G, function, monkeypatch):
     """Without a window, with one that is not full, and full; the output and the caches."""
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_by_its_documentation)
-    arguments = random_step(H, G, 16)["window_linear_step"]
+    arguments = random_step(H, G, 16)[function]
     ours, theirs = ([x.clone() for x in arguments] for _ in range(2))
-    out = gpu.window_linear_step(*ours)
-    near([out, *ours], [kernels.window_linear_step(*theirs), *theirs], rtol=1e-5, atol=1e-5)
+    out = getattr(gpu, function)(*ours)
+    expected = getattr(kernels, function)(*theirs)
+    near([out, *ours], [expected, *theirs], rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_with_a_sliding_window_goes_through_flash_attention(monkeypatch):
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_by_its_documentation)
+    arguments = random_step(9, 3, 16)["softmax_step"]
+    near(gpu.softmax_step(*arguments, 7), kernels.softmax_step(*arguments, 7))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -1089,6 +1098,30 @@ def test_blocks_compiled_for_any_size_serve_as_eager_ones_do(llama, small_steps)
         list(Engine(model, 3, 100, compiled).run(deque(requests)))
         outputs.append([request.output for request in requests])
     assert outputs[0] == outputs[1]
+
+
+@needs_cpp
+@pytest.mark.slow
+def test_a_compiled_layer_writes_its_caches_in_place(llama, monkeypatch):
+    """As on a GPU, up to flash attention: no buffer of the program has the shape of a cache."""
+    from torch._inductor.graph import GraphLowering
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(cpu, "enabled", False)
+    monkeypatch.setattr(gpu, "runs", lambda x: True)
+    model = boosted(llama, "SLS")
+    cache = model.new_cache(5, 99)
+    for layer, layer_cache in zip(model.layers[:2], cache.layers):
+        x = torch.randn(5, 1, model.config.hidden_size)
+        arguments = (layer, x, model.rotary(1, cache.positions), layer_cache, cache.positions, None)
+        programs = []
+        record = mock.patch.object(GraphLowering, "save_output_code", programs.append)
+        needs_a_gpu = pytest.raises(NotImplementedError, match="_flash_attention_forward")
+        with torch.no_grad(), record, needs_a_gpu:
+            engine_module.compiled_block(*arguments)
+        (program,) = programs
+        G, D = model.config.num_key_value_heads, model.config.head_dim
+        assert not re.search(rf"empty_strided_cpu\(\(\w+, {G}, (?!1,)\w+, {D}\)", program)
 
 
 @needs_cpp
