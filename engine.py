@@ -28,6 +28,8 @@ CHUNK = 2048  # tokens of prompts that are read between two steps: enough to kee
 SMALLEST = 4  # slots of a step, and what its sizes differ by at least
 GRAPHS = 2**28  # bytes that recorded steps and cuBLAS take for themselves
 PADDING = 128  # on a GPU, prompts are padded to a multiple of this many tokens
+# For torch.compile, which otherwise copies a whole cache in order to write one token of it.
+IN_PLACE = {"reorder_for_locality": False, "realize_reads_threshold": 3}
 
 
 @dataclass(eq=False)
@@ -335,9 +337,7 @@ def record(run: Callable[[], None], memory=None) -> Callable[[], None]:
 
 @functools.cache
 def compiled_forward():
-    # By its defaults torch would copy a whole cache in order to write one token of it.
-    in_place = {"reorder_for_locality": False, "realize_reads_threshold": 3}
-    return torch.compile(Block.forward, options=in_place)
+    return torch.compile(Block.forward, options=IN_PLACE)
 
 
 def compiled_block(layer, x: Tensor, rotary, cache, positions: Tensor, new) -> Tensor:

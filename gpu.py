@@ -17,8 +17,9 @@ from kernels import group_heads, join_tail, join_terms, write_slot
 
 def runs(x: Tensor) -> bool:
     """Whether the twins accept x, a key."""
-    half = x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1] % 8 == 0
-    if not (x.is_cuda and half) or torch.is_grad_enabled():
+    D = x.shape[-1]
+    fits = x.dtype in (torch.bfloat16, torch.float16) and D % 8 == 0 and D <= 256
+    if not (x.is_cuda and fits) or torch.is_grad_enabled():
         return False
     return torch.cuda.get_device_properties(x.device).major >= 8
 
@@ -76,16 +77,16 @@ def step_attention(query: Tensor, key: Tensor, value: Tensor, end: Tensor) -> tu
     [B] of key and value [B, G, room, D]; and log sum_i exp(a_i) [B, G, R, 1] in float32.
 
     Each key/value head is a sequence of its own, with R query heads: so the kernel neither copies
-    the cache nor transposes query and output. Where its rows begin is found here and not in the
-    operator, so that torch.compile makes one kernel of it.
+    the cache nor transposes query and output.
     """
     B, H, _, D = query.shape
     G, room = key.shape[1:3]
-    row = torch.arange(3, device=key.device)[:, None]
-    i = torch.arange(B * G + 1, device=key.device)
-    used = end[(i // G).clamp(max=B - 1)]
-    sequences = torch.where(row == 0, i, torch.where(row == 1, i * room, used))
-    out, log_sum = flash_step(query.view(B * G, H // G, D), key, value, sequences.to(torch.int32))
+    i = torch.arange(B * G + 1, dtype=torch.int32, device=key.device)
+    sequences = i.new_empty(3, B * G + 1)  # one tensor, so that torch.compile makes one kernel
+    sequences[0] = i
+    sequences[1] = i * room
+    sequences[2, :-1].view(B, G).copy_(end[:, None])
+    out, log_sum = flash_step(query.view(B * G, H // G, D), key, value, sequences)
     return out.view_as(query), log_sum.T.reshape(B, G, H // G, 1)
 
 
@@ -94,7 +95,7 @@ def flash_step(
     query: Tensor, key: Tensor, value: Tensor, sequences: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`flash_attention` for a decoding step of N sequences of one key/value head: query [N, R, D];
-    key, value of N * room tokens. `sequences` [3, N + 1] int32: of each the first query, the first
+    key, value of N * room tokens. `sequences` [3, N + 1] int32: the first query of each, its first
     key, and how many keys are in use. Returns [N, R, D], and log sum_i exp(a_i) [R, N]."""
     D = query.shape[-1]
     first_query, first_key, used = sequences

@@ -44,7 +44,7 @@ import gpu
 import kernels
 import roofline
 from attention import SoftmaxAttention, WindowLinearAttention
-from engine import Engine, Request, prefill, record
+from engine import IN_PLACE, Engine, Request, prefill, record
 from measure import quantile
 from model import Model, cache_tensors, convert, load_model
 from shapes import build_shape
@@ -664,7 +664,7 @@ def probe_step_of_tier_l(name: str, tier: WindowLinearAttention, this: roofline.
     for form, runs in {"torch": lambda x: False, "gpu.py": gpu.runs}.items():
         for compiled in (False, True) if CUDA else (False,):
             cache = copy.deepcopy(first)
-            step = torch.compile(tier.step) if compiled else tier.step
+            step = torch.compile(tier.step, options=IN_PLACE) if compiled else tier.step
             run = functools.partial(step, q, k, v, cache, position)
             with mock.patch.object(gpu, "runs", runs):
                 out = run().float()
