@@ -2,7 +2,7 @@
 for tensors that have sizes and a device, but no memory, and Triton compiles its kernels.
 
     pip install triton        (and a C++ compiler)
-    python results/launches.py [--shape llama3.1-8b] [--capability 8.6]
+    python results/launches.py [--shape llama3.1-8b] [--capability 8.6] [--torch]
 
 For each tier, steps and prompts: the launches of a layer (Triton's kernels, products, flash
 attention and what our operator does around it), buffers of a step as large as a cache, of which
@@ -237,8 +237,11 @@ def main(argv=None) -> None:
     add = parser.add_argument
     add("--shape", default="llama3.1-8b", choices=SHAPES, help="[%(default)s]")
     add("--capability", default="8.6", help="of the GPU: 8.6 is an A10, 9.0 an H100 [%(default)s]")
+    add("--torch", action="store_true", help="kernels.py alone, without gpu.py")
     args = parser.parse_args(argv)
 
+    if args.torch:
+        gpu.runs = lambda x: False
     pretend(tuple(map(int, args.capability.split("."))))
     hidden, inner, _, *more = SHAPES[args.shape]
     SHAPES[args.shape] = (hidden, inner, 1, *more)
