@@ -204,12 +204,14 @@ def main(count: int, disk: str, flags: list[str], folder: Path) -> int:
         [line] if code else differences(out, whole),
     )
 
-    # Checkpoints that are damaged.
-    other = folder / "other"
+    # Checkpoints that are damaged, of a run that wrote one at each step.
+    distill.CHECKPOINT_SECONDS = 0
+    often, other = folder / "often", folder / "other"
+    run(often, flags)
     run(other, [*flags, "--rank", "3"], fault=at_write(100_000, kill))
     for name, damage in damages(other / "healing.safetensors").items():
         out = folder / "damaged"
-        shutil.copytree(whole, out)
+        shutil.copytree(often, out)
         damage(out / "healing.safetensors")
         code, line = run(out, flags)
         log = out.with_suffix(".log").read_text()
