@@ -110,7 +110,7 @@ class Engine:
     @property
     def block(self):
         """The function that runs a layer on a GPU; None for the model's own."""
-        return compiled_block if self.compiled and self.on_gpu else None
+        return serve_layer if self.compiled and self.on_gpu else None
 
     # --- requests come and go ---
 
@@ -336,12 +336,13 @@ def record(run: Callable[[], None], memory=None) -> Callable[[], None]:
 
 
 @functools.cache
-def compiled_forward():
+def serving_program():
     return torch.compile(Block.forward, options=IN_PLACE)
 
 
-def compiled_block(layer, x: Tensor, rotary, cache, positions: Tensor, new) -> Tensor:
-    """On a GPU, one program for the layers of a tier in all engines: of a step, and of a prompt."""
+def serve_layer(layer, x: Tensor, rotary, cache, positions: Tensor, new) -> Tensor:
+    """Block.forward compiled for the steps and prompts of all engines on a GPU. Programs are shared
+    by the layers of a tier, and by all sizes but 1."""
     vary(x, 0, 1)
     for angles in rotary:
         vary(angles, 0, 2)
@@ -351,7 +352,7 @@ def compiled_block(layer, x: Tensor, rotary, cache, positions: Tensor, new) -> T
         vary(new, 0)
     # One sequence or many, three tiers, a step or a chunk: more programs than the limit of 8.
     with torch._dynamo.config.patch(recompile_limit=64):
-        return compiled_forward()(layer, x, rotary, cache, positions, new)
+        return serving_program()(layer, x, rotary, cache, positions, new)
 
 
 @functools.cache
